@@ -1,0 +1,65 @@
+"""Encodes a dataset of images, with captions or labels, into a latent cache that the trainers read.
+
+    python precompute_latents.py --train_data_dir photos --caption_column text --resolution 256 --latents_dir cache
+    accelerate launch --multi_gpu precompute_latents.py --dataset_name uoft-cs/cifar10 --image_column img --label_column label ...
+
+Killed at any moment and started again it continues. Several processes each encode their own shards.
+"""
+
+import argparse
+from pathlib import Path
+
+from utils import args as shared
+from utils.errors import UserError
+from utils.parsing import non_negative_int, parse_with_config, required, run_script
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--latents_dir", "--output_dir", default=None, help="Folder of the latent cache: new, unfinished or finished."
+    )
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="Seed of random crops.")
+    parser.add_argument(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        default=None,
+        help="Autocast of the VAE. Default: what accelerate's config says.",
+    )
+    shared.add_dataset_args(parser)
+    shared.add_condition_args(parser)
+    shared.add_cache_args(parser)
+    args = parse_with_config(parser)
+    required(args, "latents_dir")
+    if not args.dataset_name and not args.train_data_dir:
+        raise UserError("give --dataset_name (hub name, folder or parquet file) or --train_data_dir (an image folder)")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    import logging
+
+    from utils.precompute import build_latent_cache
+    from utils.run import make_accelerator
+
+    accelerator = make_accelerator(args)
+    spec = build_latent_cache(args, accelerator, Path(args.latents_dir))
+    captions = f", {spec.captions['count']} distinct captions ({spec.captions['content']})" if spec.captions else ""
+    labels = f", {spec.labels['num_classes']} classes" if spec.labels else ""
+    shape = " x ".join(map(str, spec.shape))
+    logging.getLogger(__name__).info(
+        "%s: %d latents of %s (%s%s)%s%s; %d images skipped",
+        args.latents_dir,
+        spec.num_rows,
+        shape,
+        spec.content,
+        ", and mirrored" if spec.flips else "",
+        captions,
+        labels,
+        spec.num_skipped,
+    )
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

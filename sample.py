@@ -1,0 +1,92 @@
+"""Makes images with a trained run, as PNGs that carry their parameters and as one grid.
+
+    python sample.py --guidance_scale 7.5
+    python sample.py --model runs/mine --prompt "a red apple" --prompt "two birds" --num_images_per_prompt 4
+    python sample.py --model runs/cifar/checkpoint-20000 --class_labels 3 5 --scheduler dpmsolver++ --num_inference_steps 20
+
+Image number i has seed SEED + i: the same picture, to rounding, whatever the batch size.
+"""
+
+import argparse
+from pathlib import Path
+
+from utils.errors import UserError
+from utils.parsing import non_negative_float, non_negative_int, parse_with_config, positive_int, run_script
+
+SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "unipc", "flow_euler", "flow_heun")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", default=None, help="A run's folder or a checkpoint. Default: the newest run below runs/."
+    )
+    parser.add_argument("--prompt", action="append", default=None, help="What to draw; may be repeated.")
+    parser.add_argument("--prompts_file", default=None, help="Text file with one prompt a line.")
+    parser.add_argument(
+        "--negative_prompt", default=None, help="What guidance leads away from, instead of from nothing."
+    )
+    parser.add_argument("--class_labels", nargs="+", type=non_negative_int, default=None, help="Default: every class.")
+    parser.add_argument(
+        "--num_images_per_prompt", type=positive_int, default=4, help="Images for each prompt or label."
+    )
+    parser.add_argument("--guidance_scale", type=non_negative_float, default=7.5, help="1 = off.")
+    parser.add_argument("--num_inference_steps", type=positive_int, default=50, help="Steps of the sampler.")
+    parser.add_argument("--scheduler", choices=SCHEDULERS, default=None, help="Default: DDIM, or Euler for flow.")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="Seed of the first image.")
+    parser.add_argument("--batch_size", type=positive_int, default=16, help="Images made at once.")
+    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Autocast.")
+    parser.add_argument("--device", default=None, help="cuda, cpu, ... Default: cuda where there is one.")
+    parser.add_argument("--output_dir", default=None, help="New or empty folder. Default: MODEL/sampled/NUMBER.")
+    args = parse_with_config(parser)
+    if args.prompts_file and not Path(args.prompts_file).is_file():
+        raise UserError(f"--prompts_file: the file {args.prompts_file} does not exist")
+    if args.output_dir and Path(args.output_dir).is_dir() and any(Path(args.output_dir).iterdir()):
+        raise UserError(f"--output_dir: {args.output_dir} is not empty; give a new folder")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    import torch
+    from tqdm.auto import tqdm
+
+    from utils import requests, sampling
+    from utils.export import load_run
+
+    # Load
+    run_dir = Path(args.model) if args.model else requests.newest_run(Path("runs"))
+    pipeline = load_run(run_dir)
+    pipeline.scheduler = sampling.sampling_scheduler(pipeline.scheduler, args.scheduler)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = (args.prompt or []) + requests.read_prompts(args.prompts_file)
+    wanted = requests.requested_images(pipeline, run_dir, prompts, args.class_labels, args.negative_prompt)
+    wanted = [each for each in wanted for _ in range(args.num_images_per_prompt)]
+    output_dir = Path(args.output_dir) if args.output_dir else requests.next_folder(run_dir / "sampled")
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+    # Sample
+    settings = {"guidance_scale": args.guidance_scale, "num_inference_steps": args.num_inference_steps}
+    dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
+    images = []
+    progress = tqdm(total=len(wanted), unit=" images")
+    for first, batch in sampling.batches(wanted, args.batch_size):
+        generators = sampling.image_generators(args.seed, first, len(batch))
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            images += pipeline(**requests.merge(batch), **settings, generator=generators).images
+        progress.update(len(batch))
+    progress.close()
+
+    # Save
+    names = requests.names(pipeline, wanted)
+    settings |= {"model": str(run_dir), "scheduler": type(pipeline.scheduler).__name__}
+    requests.save_images(output_dir, images, wanted, settings, args.seed)
+    count = args.num_images_per_prompt
+    rows = [images[i : i + count] for i in range(0, len(images), count)]
+    sampling.labelled_grid([row[:10] for row in rows[:50]], names[::count][:50]).save(output_dir / "grid.png")
+    print(f"{len(images)} images and grid.png in {output_dir}")
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

@@ -1,0 +1,510 @@
+"""The floors of the design and the budgets of the style, held by reading the source.
+
+Every check takes source text or a table of it and returns the faults it finds as sentences, so that
+`test_every_check_finds_a_planted_fault` can show that it would fail.
+"""
+
+import ast
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(ROOT.glob("*.py"))
+TOOLS = sorted([*ROOT.glob("demo/*.py"), *ROOT.glob("benchmarks/*.py")])
+
+# A file imports only from its own floor or below. Names are those of modules inside `utils`; `*` stands for anything.
+FLOORS: dict[int, tuple[str, ...]] = {
+    # maths: torch and schedulers
+    0: ("__init__", "errors", "files", "tensor_ops", "draws", "objectives", "guidance", "likelihoods"),
+    # modules
+    1: ("models", "models.*", "conditions"),
+    # data and artefacts
+    2: ("latent_cache", "cache_*", "codecs", "text_encoders", "clip_vocabulary", "data_*", "metrics_*"),
+    # run plumbing
+    3: (
+        "args",
+        "run",
+        "checkpoints",
+        "ema",
+        "sampling",
+        "pipelines",
+        "parsing",
+        "budget",
+        "build",
+        "precompute",
+        "validation",
+        "export",
+    ),
+}
+# The modules of `utils` that may take the parsed arguments: run set-up, and the one script that others run first.
+SEES_ARGS = ("args", "parsing", "build", "run", "precompute")
+
+MAX_LINES_OF_SCRIPT, MAX_LINES_OF_UTILS, MAX_NESTING = 250, 300, 5
+HEAVY = {"open_clip", "bitsandbytes", "xformers", "peft", "pymatgen", "anndata", "torchmetrics", "gradio"}
+BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.TryStar, ast.Match)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def module_name(path: Path) -> str:
+    """`utils/models/dit.py` is `utils.models.dit`, `utils/models/__init__.py` is `utils.models`."""
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def sources(paths: list[Path]) -> dict[str, str]:
+    return {module_name(path): path.read_text(encoding="utf-8") for path in paths}
+
+
+UTILS = sources(sorted(ROOT.glob("utils/**/*.py")))
+PACKAGES = {module_name(path) for path in ROOT.glob("utils/**/__init__.py")}
+
+
+# ---- who imports whom
+
+
+def imported_names(source: str, module: str, is_package: bool = False) -> Iterator[str]:
+    """Every dotted name that a file may import, wherever the statement stands; relative imports made absolute."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")
+                parents = parents[: len(parents) - node.level + is_package]
+                base = ".".join([*parents, *filter(None, [node.module])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def import_graph(modules: dict[str, str], packages: set[str]) -> dict[str, set[str]]:
+    """Which of the modules each of them imports. The package that a module lies in is no import of its own."""
+    graph = {}
+    for module, source in modules.items():
+        names = set(imported_names(source, module, module in packages)) & modules.keys()
+        parents = {name for name in names if name in packages and any(n.startswith(name + ".") for n in names)}
+        graph[module] = names - parents - {module}
+    return graph
+
+
+def floor_of(module: str) -> int | None:
+    name = "__init__" if module == "utils" else module.removeprefix("utils.")
+    for floor, patterns in FLOORS.items():
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            return floor
+    return None
+
+
+def faults_of_floors(modules: dict[str, str], packages: set[str]) -> list[str]:
+    faults = [
+        f"{module} is on no floor: add it to FLOORS in tests/test_structure.py, on the lowest that holds its imports"
+        for module in modules
+        if floor_of(module) is None
+    ]
+    for module, imported in import_graph(modules, packages).items():
+        here = floor_of(module)
+        for other in sorted(imported):
+            there = floor_of(other)
+            if here is not None and there is not None and there > here:
+                faults.append(f"{module} (floor {here}) imports {other} (floor {there}), which lies above it")
+    return faults
+
+
+def faults_of_absent_modules(source: str, module: str, modules: set[str]) -> list[str]:
+    """An import inside a function may name a module that does not exist, and nobody notices until it runs."""
+    names = {".".join(name.split(".")[:2]) for name in imported_names(source, module) if name.startswith("utils.")}
+    return [f"{module} imports {name}, which does not exist" for name in sorted(names - modules)]
+
+
+def faults_of_circles(modules: dict[str, str], packages: set[str]) -> list[str]:
+    graph = import_graph(modules, packages)
+    faults, finished = [], set()
+
+    def visit(module: str, path: list[str]) -> None:
+        if module in path:
+            faults.append("a circle of imports: " + " -> ".join([*path[path.index(module) :], module]))
+        elif module not in finished:
+            for other in sorted(graph[module]):
+                visit(other, [*path, module])
+            finished.add(module)
+
+    for module in graph:
+        visit(module, [])
+    return faults
+
+
+def faults_of_first_party_imports(source: str, module: str, forbidden: set[str]) -> list[str]:
+    """Scripts and `utils` know nothing of scripts, of the demo, of benchmarks and of tests."""
+    tops = {name.partition(".")[0] for name in imported_names(source, module)}
+    return [f"{module} imports {top}; of this repository it may import only utils" for top in sorted(tops & forbidden)]
+
+
+def statements_on_import(tree: ast.AST) -> Iterator[ast.AST]:
+    """The statements that run when a file is imported: all but the bodies of functions and of `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, FUNCTIONS) or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+            continue
+        yield node
+        yield from statements_on_import(node)
+
+
+def faults_of_heavy_imports(source: str, module: str) -> list[str]:
+    faults = []
+    for node in statements_on_import(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            for top in sorted({name.partition(".")[0] for name in names} & HEAVY):
+                faults.append(f"{module}:{node.lineno} imports {top} with the file; import it where it is used")
+    return faults
+
+
+# ---- budgets
+
+
+def faults_of_length(source: str, module: str, limit: int) -> list[str]:
+    lines = len(source.splitlines())
+    return [f"{module} has {lines} lines, more than {limit}"] if lines > limit else []
+
+
+def faults_of_nesting(source: str, module: str) -> list[str]:
+    """Blocks inside blocks, five at most. An `elif` is no deeper than its `if`; functions and classes do not count."""
+    faults = []
+
+    def visit(node: ast.AST, depth: int, is_elif: bool = False) -> None:
+        if isinstance(node, BLOCKS) and not is_elif:
+            depth += 1
+            if depth == MAX_NESTING + 1:
+                faults.append(f"{module}:{node.lineno} is nested {depth} deep, more than {MAX_NESTING}")
+        for child in ast.iter_child_nodes(node):
+            # `else:` with an `if` below it parses as an elif does, but for the column
+            chained = (
+                isinstance(node, ast.If)
+                and isinstance(child, ast.If)
+                and node.orelse == [child]
+                and child.col_offset == node.col_offset
+            )
+            visit(child, depth, chained)
+
+    visit(ast.parse(source), 0)
+    return faults
+
+
+# ---- what belongs in a script
+
+
+def faults_of_training_in_utils(source: str, module: str) -> list[str]:
+    """`backward` and `optimizer.step` stand in a script's loop, and no helper takes all that a trainer class would."""
+    faults = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            owner = ast.unparse(node.value).lower()
+            if node.attr == "backward" or (node.attr == "step" and ("optim" in owner or "scaler" in owner)):
+                faults.append(f"{module}:{node.lineno} has {ast.unparse(node)}, which belongs in a script's loop")
+        elif isinstance(node, FUNCTIONS):
+            names = " ".join(argument.arg for argument in all_arguments(node))
+            if "optimizer" in names and "batch" in names.replace("batch_size", ""):
+                faults.append(f"{module}:{node.lineno} {node.name} takes optimizer and batch: a trainer in disguise")
+    return faults
+
+
+def all_arguments(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
+    return [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+
+
+def faults_of_seeing_args(source: str, module: str) -> list[str]:
+    if module.removeprefix("utils.") in SEES_ARGS:
+        return []
+    return [
+        f"{module}:{node.lineno} {node.name} takes args; outside scripts and run set-up, take named values"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, FUNCTIONS) and any(argument.arg == "args" for argument in all_arguments(node))
+    ]
+
+
+def faults_of_literals(source: str, module: str) -> list[str]:
+    """The scaling of latents comes from the VAE's config or from a measurement, never from Stable Diffusion's."""
+    return [
+        f"{module}:{node.lineno} has the literal {node.value}: read the scaling from the VAE's config or measure it"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant) and node.value == 0.18215
+    ]
+
+
+# ---- options
+
+
+def declared_options(tree: ast.AST) -> Iterator[tuple[ast.Call, str | None]]:
+    """Every `add_argument` and the attribute that its value is read from; None where no literal flag is given."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
+            names = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+            dest = [keyword.value for keyword in node.keywords if keyword.arg == "dest"]
+            if dest and isinstance(dest[0], ast.Constant):
+                names = [str(dest[0].value)]
+            long = [name for name in names if not name.startswith("-") or name.startswith("--")] or names
+            yield node, long[0].lstrip("-").replace("-", "_") if long else None
+
+
+def names_read(tree: ast.AST) -> set[str]:
+    """Options that a file reads, as `args.name` or by a string that is the name."""
+    attributes = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Load)
+        and ast.unparse(node.value).endswith("args")
+    }
+    declarations = {id(part) for call, _ in declared_options(tree) for part in ast.walk(call)}
+    strings = {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in declarations
+    }
+    return attributes | strings
+
+
+def faults_of_help(source: str, module: str) -> list[str]:
+    faults = []
+    for call, option in declared_options(ast.parse(source)):
+        texts = [keyword.value for keyword in call.keywords if keyword.arg == "help"]
+        if option is None:
+            faults.append(f"{module}:{call.lineno} declares an option whose name is no literal")
+        elif not texts or (isinstance(texts[0], ast.Constant) and not str(texts[0].value or "").strip()):
+            faults.append(f"{module}:{call.lineno} --{option} has no help text")
+    return faults
+
+
+def faults_of_dead_options(scripts: dict[str, str], utils: dict[str, str]) -> list[str]:
+    """An option must be read by the script that has it, or by `utils`. A script has those that it declares, and those
+    of the groups (functions of `utils` that declare some) that it calls; a group that no script calls is dead.
+    """
+    groups: dict[str, set[str]] = {}
+    calls_of_groups: dict[str, set[str]] = {}
+    for source in utils.values():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, FUNCTIONS):
+                options = {option for _, option in declared_options(node) if option}
+                groups[node.name] = groups.get(node.name, set()) | options
+                calls_of_groups[node.name] = calls_of_groups.get(node.name, set()) | names_called(node)
+    read_in_utils = set().union(*(names_read(ast.parse(source)) for source in utils.values()))
+
+    faults, used = [], set()
+    for script, source in scripts.items():
+        tree = ast.parse(source)
+        waiting, called = names_called(tree) & groups.keys(), set()
+        while waiting:
+            group = waiting.pop()
+            called.add(group)
+            waiting |= (calls_of_groups[group] & groups.keys()) - called
+        used |= called
+        options = {option for _, option in declared_options(tree) if option}
+        options |= set().union(*(groups[group] for group in called))
+        dead = options - names_read(tree) - read_in_utils
+        faults += [f"{script} has the option --{option}, and nothing reads it" for option in sorted(dead)]
+    for group in sorted(groups.keys() - used):
+        faults += [f"--{option} of {group} belongs to no script" for option in sorted(groups[group])]
+    return faults
+
+
+def names_called(tree: ast.AST) -> set[str]:
+    """The last names of everything that is called or handed on: `args.add_run_args(parser)` is `add_run_args`."""
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    return names | {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+# ---- the tree as it is
+
+SCRIPT_SOURCES, TOOL_SOURCES = sources(SCRIPTS), sources(TOOLS)
+OUTSIDERS = {path.stem for path in SCRIPTS} | {"demo", "benchmarks", "tests"}
+
+
+def assert_none(faults: list[str]) -> None:
+    assert not faults, "\n" + "\n".join(faults)
+
+
+def check_each(check: Callable[..., list[str]], modules: dict[str, str], *rest: object) -> None:
+    assert_none([fault for module, source in modules.items() for fault in check(source, module, *rest)])
+
+
+def test_floors() -> None:
+    assert_none(faults_of_floors(UTILS, PACKAGES))
+
+
+def test_modules_that_are_imported_exist() -> None:
+    check_each(faults_of_absent_modules, SCRIPT_SOURCES | TOOL_SOURCES | UTILS, set(UTILS))
+
+
+def test_no_circles() -> None:
+    assert_none(faults_of_circles(UTILS, PACKAGES))
+
+
+def test_scripts_and_utils_import_only_utils() -> None:
+    check_each(faults_of_first_party_imports, SCRIPT_SOURCES | UTILS, OUTSIDERS)
+    # tools may use their neighbours in the same folder, but no script
+    check_each(faults_of_first_party_imports, TOOL_SOURCES, {path.stem for path in SCRIPTS} | {"tests"})
+
+
+def test_heavy_packages_are_imported_where_they_are_used() -> None:
+    check_each(faults_of_heavy_imports, SCRIPT_SOURCES | TOOL_SOURCES | UTILS)
+
+
+def test_length() -> None:
+    check_each(faults_of_length, SCRIPT_SOURCES | TOOL_SOURCES, MAX_LINES_OF_SCRIPT)
+    check_each(faults_of_length, UTILS, MAX_LINES_OF_UTILS)
+
+
+def test_nesting() -> None:
+    check_each(faults_of_nesting, SCRIPT_SOURCES | TOOL_SOURCES | UTILS)
+
+
+def test_training_stays_in_scripts() -> None:
+    check_each(faults_of_training_in_utils, UTILS)
+
+
+def test_only_scripts_and_run_setup_see_args() -> None:
+    check_each(faults_of_seeing_args, UTILS)
+
+
+def test_no_literal_scaling_factor() -> None:
+    check_each(faults_of_literals, SCRIPT_SOURCES | UTILS)
+
+
+def test_every_option_has_a_help_text() -> None:
+    check_each(faults_of_help, SCRIPT_SOURCES | TOOL_SOURCES | UTILS)
+
+
+@pytest.mark.skipif(not SCRIPTS, reason="no script yet that could read an option")
+def test_every_option_of_the_scripts_is_read() -> None:
+    assert_none(faults_of_dead_options(SCRIPT_SOURCES, UTILS))
+
+
+def test_every_option_of_the_tools_is_read() -> None:
+    assert_none(faults_of_dead_options(TOOL_SOURCES, {}))
+
+
+# ---- --help
+
+
+def faults_of_help_run(command: list[str], name: str) -> list[str]:
+    """`--help` answers within two seconds of processor time, and before torch is imported."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - start
+    user = after.ru_utime - before.ru_utime
+    imported = {
+        line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")
+    }
+    faults = []
+    if done.returncode != 0 or "usage:" not in done.stdout:
+        faults.append(f"{name} --help ended with {done.returncode}: {done.stderr.splitlines()[-1:]}")
+    if "torch" in imported:
+        faults.append(f"{name} --help imports torch; import it after the arguments are parsed")
+    if user > 2 or wall > 2 + 4:  # four seconds of waiting are a busy machine's
+        faults.append(f"{name} --help took {user:.1f} s of processor time, {wall:.1f} s in all; two are allowed")
+    return faults
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_help_is_quick_and_needs_no_torch(script: Path) -> None:
+    command = [sys.executable, "-X", "importtime", str(script), "--help"]
+    faults = faults_of_help_run(command, script.name)
+    assert_none(faults and faults_of_help_run(command, script.name))  # once more: the first may have compiled files
+
+
+# ---- each check finds what it is there to find
+
+DEEP = "def f():\n" + "".join(f"{'    ' * i}for i in x:\n" for i in range(1, 7)) + "    " * 7 + "pass\n"
+DEEP_ELSE = "".join(f"{'    ' * i}if x: pass\n{'    ' * i}else:\n" for i in range(6)) + "    " * 6 + "pass\n"
+FLAG = "parser.add_argument('--depth', help='How deep.')\n"
+
+
+def dead(script: str, *utils: str) -> list[str]:
+    return faults_of_dead_options({"train": script}, {f"utils.m{i}": source for i, source in enumerate(utils)})
+
+
+def floors(**modules: str) -> list[str]:
+    return faults_of_floors({f"utils.{name.replace('__', '.')}": text for name, text in modules.items()}, {"utils"})
+
+
+def circles(**modules: str) -> list[str]:
+    return faults_of_circles({f"utils.{name}": text for name, text in modules.items()}, {"utils"})
+
+
+def run_help(program: str) -> list[str]:
+    return faults_of_help_run([sys.executable, "-X", "importtime", "-c", program], "planted")
+
+
+PLANTED: dict[str, Callable[[], list[str]]] = {
+    "a module on no floor": lambda: floors(surprise=""),
+    "absolute import upwards": lambda: floors(errors="", objectives="from utils.args import x", args=""),
+    "module import upwards": lambda: floors(objectives="import utils.codecs", codecs=""),
+    "import from the package upwards": lambda: floors(objectives="from utils import codecs", codecs=""),
+    "relative import upwards": lambda: floors(objectives="from .codecs import x", codecs=""),
+    "relative import from a subpackage": lambda: floors(models__dit="from ..codecs import x", codecs=""),
+    "late import upwards": lambda: floors(objectives="def f():\n    from . import codecs", codecs=""),
+    "absent module": lambda: faults_of_absent_modules("def f():\n    from utils.b import x", "m", {"utils.a"}),
+    "circle of two": lambda: circles(a="import utils.b", b="def f():\n    from utils.a import x"),
+    "circle of three": lambda: circles(a="from . import b", b="from .c import x", c="from utils import a"),
+    "script imports a script": lambda: faults_of_first_party_imports("import sample", "train", {"sample"}),
+    "utils import the demo": lambda: faults_of_first_party_imports("from demo.x import y", "utils.a", {"demo"}),
+    "heavy import": lambda: faults_of_heavy_imports("import peft", "m"),
+    "heavy import of a part": lambda: faults_of_heavy_imports("from torchmetrics.image import x", "m"),
+    "heavy import in a try": lambda: faults_of_heavy_imports("try:\n    import xformers\nexcept E:\n    pass", "m"),
+    "heavy import in a class": lambda: faults_of_heavy_imports("class A:\n    import gradio", "m"),
+    "too long": lambda: faults_of_length("x = 1\n" * 251, "m", 250),
+    "too deep": lambda: faults_of_nesting(DEEP, "m"),
+    "too deep below else": lambda: faults_of_nesting(DEEP_ELSE, "m"),
+    "backward": lambda: faults_of_training_in_utils("accelerator.backward(loss)", "m"),
+    "optimizer step": lambda: faults_of_training_in_utils("def f(o):\n    o.optimizer.step()", "m"),
+    "trainer in disguise": lambda: faults_of_training_in_utils("def f(model, optimizer, batch): pass", "m"),
+    "args in utils": lambda: faults_of_seeing_args("def f(args): pass", "utils.codecs"),
+    "literal scaling": lambda: faults_of_literals("latents = 0.18215 * latents", "m"),
+    "no help": lambda: faults_of_help("p.add_argument('--depth')", "m"),
+    "empty help": lambda: faults_of_help("p.add_argument('--depth', help=' ')", "m"),
+    "name is no literal": lambda: faults_of_help("p.add_argument(name, help='x')", "m"),
+    "dead option": lambda: dead(FLAG),
+    "dead option, read from something else": lambda: dead(FLAG + "print(config.depth)"),
+    "dead option, only set": lambda: dead(FLAG + "args.depth = 1"),
+    "dead option of a group": lambda: dead("add_x(parser)", f"def add_x(parser): {FLAG}"),
+    "dead option of a group in a group": lambda: dead(
+        "add_y(parser)", f"def add_x(parser): {FLAG}", "def add_y(parser):\n    add_x(parser)"
+    ),
+    "group of no script": lambda: dead("print(args.depth)", f"def add_x(parser): {FLAG}"),
+    "help imports torch": lambda: run_help("import torch; print('usage:')"),
+    "help fails": lambda: run_help("raise SystemExit(1)"),
+    "help is slow": lambda: run_help("import os\nwhile os.times().user < 2.3: sum(range(10**6))\nprint('usage:')"),
+}
+
+SOUND: dict[str, Callable[[], list[str]]] = {
+    "imports downwards and sideways": lambda: floors(
+        args="from utils.codecs import x", codecs="from .conditions import y", conditions="from utils import errors",
+        errors="", models__dit="from ..errors import z",
+    ),
+    "a module that exists": lambda: faults_of_absent_modules("from utils.a.b import x", "m", {"utils.a"}),
+    "no circle": lambda: circles(a="from utils import b, c", b="from .c import x", c="import torch"),
+    "heavy import in a function": lambda: faults_of_heavy_imports("def f():\n    import peft", "m"),
+    "heavy import for types": lambda: faults_of_heavy_imports("if TYPE_CHECKING:\n    import peft", "m"),
+    "a chain of elif": lambda: faults_of_nesting("if a: pass\n" + "elif b: pass\n" * 9, "m"),
+    "scheduler step": lambda: faults_of_training_in_utils("scheduler.step(x)\nema.step(model)", "m"),
+    "read as an attribute": lambda: dead(FLAG + "print(args.depth)"),
+    "read by a string": lambda: dead(FLAG + "print(getattr(args, 'depth'))"),
+    "read in utils": lambda: dead("add_x(parser)", f"def add_x(parser): {FLAG}", "def f(args): return args.depth"),
+    "help": lambda: run_help("print('usage:')"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_every_check_finds_a_planted_fault(name: str) -> None:
+    assert PLANTED[name]()
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_no_check_finds_a_fault_where_there_is_none(name: str) -> None:
+    assert SOUND[name]() == []

@@ -1,0 +1,158 @@
+"""Trains a class-conditional or unconditional latent diffusion model from scratch.
+
+    accelerate launch train_class_cond_ldm.py --latents_dir cache --output_dir runs/mine --model unet --model_size cifar10
+    accelerate launch train_class_cond_ldm.py --config configs/cifar10.yaml --dataset_name uoft-cs/cifar10
+
+From a latent cache (see precompute_latents.py), or from a dataset, whose cache is then made first. Leaves a run's folder that
+sample.py and diffusers load.
+"""
+
+import argparse
+from pathlib import Path
+
+from utils import args as shared
+from utils.errors import UserError
+from utils.parsing import fraction, non_negative_int, parse_with_config, required, run_script
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--latents_dir", default=None, help="Latent cache. Default with a dataset: OUTPUT_DIR/latents."
+    )
+    parser.add_argument(
+        "--unconditional",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="Use no labels, even if there are some.",
+    )
+    parser.add_argument(
+        "--cond_drop_prob", type=fraction, default=0.1, help="Share of labels dropped, for classifier-free guidance."
+    )
+    parser.add_argument(
+        "--validation_labels",
+        nargs="+",
+        type=non_negative_int,
+        default=None,
+        help="Labels that are sampled on the way.",
+    )
+    shared.add_run_args(parser)
+    shared.add_model_args(parser)
+    shared.add_objective_args(parser)
+    shared.add_optimizer_args(parser)
+    shared.add_ema_args(parser)
+    shared.add_validation_args(parser, "labels")
+    shared.add_dataset_args(parser)
+    shared.add_condition_args(parser)
+    shared.add_cache_args(parser)
+    args = parse_with_config(parser)
+    required(args, "output_dir")
+    shared.check_objective_args(args)
+    return args
+
+
+def check_labels(args: argparse.Namespace, labels: dict | None) -> None:
+    """Refuses validation labels that the data does not have."""
+    for label in args.validation_labels or []:
+        if args.unconditional:
+            raise UserError(
+                "--validation_labels with --unconditional: an unconditional model knows no labels; leave one out"
+            )
+        if labels and label >= labels["num_classes"]:
+            raise UserError(f"--validation_labels: {label}, but the classes are 0 to {labels['num_classes'] - 1}")
+
+
+def main(args: argparse.Namespace) -> None:
+    import torch
+    from tqdm.auto import tqdm
+
+    from utils import build, checkpoints, export, run, validation
+    from utils.draws import SampleDraws
+    from utils.ema import EMA
+    from utils.latent_cache import LatentStream
+
+    # Load
+    output_dir = Path(args.output_dir)
+    accelerator = run.make_accelerator(args, output_dir)
+    run.claim_output_dir(args, output_dir, accelerator)
+    cache = build.open_cache(args, accelerator, output_dir)
+    objective, scheduler = build.build_objective(args)
+    frozen = export.load_frozen_parts(cache.spec, cache.normalisation, scheduler)
+    denoiser = build.build_denoiser(args, cache, condition="none" if args.unconditional else "class")
+    check_labels(args, cache.spec.labels)
+    if args.enable_xformers_memory_efficient_attention:
+        run.enable_xformers(denoiser.model, accelerator.device)
+    if accelerator.is_main_process:
+        export.save_frozen_parts(output_dir, denoiser, frozen)
+
+    # Prepare
+    optimizer = run.make_optimizer(args, denoiser)
+    denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
+    model = accelerator.unwrap_model(denoiser)
+    ema = EMA(model, args.ema_decay) if args.use_ema else None
+    run_identity = run.identity_of(args, cache.spec.identity(), accelerator)
+    checkpoint = (
+        checkpoints.find_checkpoint(output_dir, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
+    )
+    first_step = checkpoints.load_checkpoint(accelerator, checkpoint, ema, run_identity) if checkpoint else 0
+    if args.torch_compile:
+        denoiser = torch.compile(denoiser)
+    batches = iter(run.make_loader(LatentStream(cache, args.seed), args, accelerator, first_step))
+    run.announce(args, accelerator, model, len(cache), first_step)
+    step_log = run.StepLog(accelerator, run.samples_per_step(args, accelerator))
+    progress = tqdm(
+        total=args.max_train_steps, initial=first_step, unit="step", disable=not accelerator.is_main_process
+    )
+
+    # Loop
+    denoiser.train()
+    for global_step in range(first_step, args.max_train_steps):
+        learning_rate = run.learning_rate_at(
+            global_step, args.learning_rate, args.lr_scheduler, args.lr_warmup_steps, args.max_train_steps
+        )
+        run.set_learning_rate(optimizer, learning_rate)
+        for _ in range(args.gradient_accumulation_steps):
+            batch = run.to_device(next(batches), accelerator.device)
+            draws = SampleDraws(args.seed, batch["positions"], accelerator.device)
+            with accelerator.accumulate(denoiser):
+                latents = cache.normalise(batch, draws)  # (B, C, H, W)
+                noise = objective.sample_noise(latents, draws)  # (B, C, H, W)
+                timesteps = objective.sample_timesteps(draws.uniform("timestep"))  # (B,)
+                noisy_latents = objective.add_noise(latents, objective.perturb(noise, draws), timesteps)
+                drop = draws.uniform("condition_drop") < args.cond_drop_prob  # (B,), once a sample
+                model_pred = denoiser(noisy_latents, timesteps, batch, drop)
+                target = objective.target(latents, noise, timesteps)
+                loss = objective.loss(model_pred, target, timesteps)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(denoiser.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            step_log.add(loss)
+        if ema is not None:
+            ema.step(model, global_step)
+        progress.update()
+
+        done = global_step + 1
+        step_log.step_done()
+        if done % args.logging_steps == 0 or done == args.max_train_steps:
+            progress.set_postfix(step_log.flush(learning_rate, done))
+        if done % args.checkpointing_steps == 0 or done == args.max_train_steps:
+            checkpoints.save_checkpoint(accelerator, output_dir, done, ema, run_identity, args.checkpoints_total_limit)
+        wants_grid = args.validation_labels or args.unconditional
+        if wants_grid and (done % args.validation_steps == 0 or done == args.max_train_steps):
+            with run.averaged_weights(model, ema):
+                labels, names = args.validation_labels, (cache.spec.labels or {}).get("names")
+                validation.save_grid(args, accelerator, model, frozen, done, class_labels=labels, label_names=names)
+    progress.close()
+
+    # Export
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with run.averaged_weights(model, ema):
+            export.export_run(output_dir, model, frozen, export.model_card(args, cache.spec))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

@@ -1,0 +1,177 @@
+"""The parts of a latent diffusion training, from its arguments: cache, denoiser, objective."""
+
+import inspect
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+
+from utils import codecs
+from utils.conditions import ClassCondition, NoCondition, TextCondition
+from utils.errors import UserError
+from utils.latent_cache import LatentCache, LatentSpec, check_fingerprint
+from utils.models.denoiser import ConditionalDenoiser
+from utils.models.dit import DIT_SIZES, DiT
+from utils.models.unet import UNET_PRESETS, build_unet, unet_config
+from utils.objectives import OBJECTIVES, Objective, training_scheduler
+from utils.precompute import build_latent_cache
+from utils.text_encoders import load_text_encoder
+
+
+def open_cache(args: Namespace, accelerator: Accelerator, output_dir: Path) -> LatentCache:
+    """The cache of `--latents_dir`, made first if dataset flags are given. Raises UserError if it is not the one asked for."""
+    if args.dataset_name or args.train_data_dir:
+        cache_dir = Path(args.latents_dir or output_dir / "latents")
+        build_latent_cache(args, accelerator, cache_dir)
+        return LatentCache(cache_dir, args.latent_normalisation)
+    if not args.latents_dir:
+        raise UserError("give --latents_dir (a latent cache), or --dataset_name or --train_data_dir to make one")
+    spec = LatentSpec.read(args.latents_dir)
+    asked: dict[str, Any] = {}
+    for name in ("resolution", "random_flip", "max_samples"):
+        if name in args.given:
+            asked[name] = getattr(args, name)
+    if "pretrained_vae_model_name_or_path" in args.given:
+        vae_name = args.pretrained_vae_model_name_or_path
+        asked["vae"] = codecs.describe(codecs.load_vae(vae_name), vae_name)
+    if "pretrained_text_encoder_name_or_path" in args.given and spec.text_encoder:
+        name = args.pretrained_text_encoder_name_or_path
+        _, text_encoder = load_text_encoder(name, args.text_encoder_library, args.tokenizer_name)
+        asked["text_encoder"] = codecs.describe(text_encoder, name)
+    check_fingerprint(spec.fingerprint, asked, args.latents_dir)
+    return LatentCache(args.latents_dir, args.latent_normalisation)
+
+
+def build_objective(args: Namespace) -> tuple[Objective, Any]:
+    """The objective and the scheduler that is saved with the model."""
+    scheduler = training_scheduler(
+        args.prediction_type, args.beta_schedule, args.rescale_betas_zero_snr, args.flow_shift
+    )
+    if args.prediction_type == "flow":
+        settings: dict[str, Any] = {"timestep_density": args.timestep_density}
+    else:
+        names = ("snr_gamma", "noise_offset", "input_perturbation")
+        settings = {name: getattr(args, name) for name in names}
+    return OBJECTIVES[args.prediction_type](scheduler, **settings), scheduler
+
+
+def build_denoiser(args: Namespace, cache: LatentCache, condition: str) -> ConditionalDenoiser:
+    """A new denoiser for the latents and the condition ("text", "class" or "none") of a cache, by `--model` and `--model_size`."""
+    spec = cache.spec
+    channels, height, width = spec.shape
+    if height != width:
+        raise UserError(f"--latents_dir: latents of {height} x {width}: only square ones can be trained")
+    text_dim = spec.captions["hidden_size"] if condition == "text" and spec.captions else None
+    config = MODELS[args.model](args.model_size, height, channels, text_dim, condition)
+    model_class = DiT if args.model == "dit" else UNet2DConditionModel
+    config |= read_model_config(args.model_config, model_class, config)
+    try:
+        model = DiT.from_config(config) if args.model == "dit" else build_unet(config)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--model_size/--model_config: {error}") from error
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return ConditionalDenoiser(model, build_condition(condition, cache, config, is_dit=args.model == "dit"))
+
+
+def build_condition(condition: str, cache: LatentCache, config: dict[str, Any], is_dit: bool):
+    """The encoder of a condition, of the width its denoiser takes."""
+    spec = cache.spec
+    if condition == "none":
+        return NoCondition()
+    if condition == "class":
+        if spec.labels is None:
+            raise UserError(
+                "--latents_dir: this cache has no labels; precompute with --label_column, or add --unconditional"
+            )
+        width = config["projection_class_embeddings_input_dim"] if is_dit else 4 * config["block_out_channels"][0]
+        return ClassCondition(spec.labels["num_classes"], width, spec.labels["names"])
+    if spec.captions is None:
+        raise UserError("--latents_dir: this cache has no captions; precompute with --caption_column")
+    # A U-Net gets what Stable Diffusion's gets, the tokens alone; a DiT gets the pooled state too.
+    encoder = TextCondition(spec.captions["hidden_size"], spec.captions["shape"][0], use_pooled=is_dit)
+    if spec.captions["content"] == "hidden_states":
+        encoder.set_null(*cache.null_caption())
+    return encoder
+
+
+def unet_arguments(
+    size: str | None, sample_size: int, channels: int, text_dim: int | None, condition: str
+) -> dict[str, Any]:
+    """Arguments of a U-Net preset."""
+    size = size or "base"
+    if size not in UNET_PRESETS:
+        raise UserError(f"--model_size {size}: a U-Net has the sizes {', '.join(UNET_PRESETS)}")
+    factor = 2 ** (len(UNET_PRESETS[size].block_out_channels) - 1)
+    if sample_size % factor:
+        raise UserError(
+            f"--model_size {size}: latents of {sample_size} x {sample_size} cannot be halved {factor.bit_length() - 1} times; use a multiple of "
+            f"{factor} (a larger --resolution) or a smaller size"
+        )
+    return unet_config(size, sample_size, channels, text_dim, condition == "class")
+
+
+def dit_arguments(
+    size: str | None, sample_size: int, channels: int, text_dim: int | None, condition: str
+) -> dict[str, Any]:
+    """Arguments of a DiT by its name in the paper: size/patch."""
+    name, _, patch = (size or "B/2").partition("/")
+    if name not in DIT_SIZES or patch not in ("1", "2", "4", "8"):
+        raise UserError(
+            f"--model_size {size}: a DiT has sizes {', '.join(DIT_SIZES)} with patch 1, 2, 4 or 8, as in B/2"
+        )
+    num_layers, hidden_size, heads = DIT_SIZES[name]
+    if sample_size % int(patch):
+        raise UserError(
+            f"--model_size {size}: latents of {sample_size} x {sample_size} do not divide into patches of {patch}"
+        )
+    return {
+        "sample_size": sample_size,
+        "patch_size": int(patch),
+        "in_channels": channels,
+        "num_layers": num_layers,
+        "hidden_size": hidden_size,
+        "num_attention_heads": heads,
+        "cross_attention_dim": text_dim,
+        "projection_class_embeddings_input_dim": {"class": hidden_size, "text": text_dim, "none": None}[condition],
+    }
+
+
+MODELS = {"unet": unet_arguments, "dit": dit_arguments}
+
+
+# Decided by the latents and the condition: a file may repeat them, not contradict them.
+DATA_ARGUMENTS = (
+    "in_channels",
+    "out_channels",
+    "cross_attention_dim",
+    "class_embed_type",
+    "projection_class_embeddings_input_dim",
+)
+
+
+def read_model_config(path: str | None, model_class: type, preset: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the model from a JSON or YAML file (JSON is YAML), such as the config.json of a diffusers model."""
+    if path is None:
+        return {}
+    if not Path(path).is_file():
+        raise UserError(f"--model_config: the file {path} does not exist")
+    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise UserError(f"--model_config: {path} holds a {type(values).__name__}, expected `argument: value` lines")
+    values = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key[0] != "_"
+    }
+    values.pop("sample_size", None)  # that of the latents
+    known = inspect.signature(model_class.__init__).parameters
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"--model_config {path}: {model_class.__name__} has no argument {key}")
+        if key in DATA_ARGUMENTS and value != preset.get(key):
+            raise UserError(
+                f"--model_config {path}: {key} is {value}, but the data and the condition need {preset.get(key)}; leave it out"
+            )
+    return values

@@ -1,0 +1,157 @@
+"""Checkpoints that are complete or absent.
+
+Every process writes into `.tmp-checkpoint-STEP`; files are synced and listed with their sha256 in a manifest; the folder is
+renamed to `checkpoint-STEP` and its parent synced; only then old ones go, and at least two stay. Loading verifies the
+manifest: a process killed at any moment, or a disk that lost a page, costs steps and never the run.
+"""
+
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from utils.ema import EMA
+from utils.errors import UserError
+from utils.files import fsync_path, read_json, sha256_file, write_json
+
+logger = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+EMA_FILE = "ema.safetensors"
+MIN_KEPT = 2
+
+
+def checkpoint_steps(output_dir: Path) -> list[int]:
+    """Steps of the complete checkpoints in a run's folder, ascending."""
+    matches = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output_dir.glob("checkpoint-*"))
+    return sorted(int(match[1]) for match in matches if match and (output_dir / match[0] / MANIFEST).is_file())
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    output_dir: Path,
+    global_step: int,
+    ema: EMA | None,
+    identity: dict[str, Any],
+    total_limit: int,
+) -> None:
+    """Writes `checkpoint-{global_step}` after `global_step` optimizer steps; every process calls this.
+
+    `identity` is what a run that goes on from here must share: model, objective, data, batch.
+    """
+    final = output_dir / f"checkpoint-{global_step}"
+    temporary = output_dir / f".tmp-checkpoint-{global_step}"
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary), safe_serialization=True)
+    if ema is not None and accelerator.is_main_process:
+        ema.save(temporary / EMA_FILE)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        for path in files:
+            fsync_path(path)
+        manifest = {
+            "global_step": global_step,
+            "identity": identity,
+            "num_processes": accelerator.num_processes,
+            "num_threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "files": {str(path.relative_to(temporary)): sha256_file(path) for path in files},
+        }
+        write_json(temporary / MANIFEST, manifest)
+        shutil.rmtree(final, ignore_errors=True)  # left by a run that was resumed from an earlier step
+        temporary.replace(final)
+        fsync_path(output_dir)
+        prune(output_dir, total_limit)
+    accelerator.wait_for_everyone()
+
+
+def prune(output_dir: Path, total_limit: int) -> None:
+    """Deletes the oldest checkpoints beyond `total_limit`, keeping at least two, and what killed processes left."""
+    for step in checkpoint_steps(output_dir)[: -max(MIN_KEPT, total_limit)]:
+        shutil.rmtree(output_dir / f"checkpoint-{step}")
+    for leftover in output_dir.glob(".tmp-checkpoint-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    if not (checkpoint / MANIFEST).is_file():
+        return f"it has no {MANIFEST}, so it was never completed"
+    for name, digest in read_json(checkpoint / MANIFEST)["files"].items():
+        if not (checkpoint / name).is_file():
+            return f"its file {name} is missing"
+        if sha256_file(checkpoint / name) != digest:
+            return f"its file {name} is damaged (sha256 differs from the manifest)"
+    return None
+
+
+def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | None:
+    """The checkpoint to go on from: the newest for "latest" (None if there is none), or the named one.
+
+    Raises UserError for one that is missing or damaged, and names the one before it.
+    """
+    steps = checkpoint_steps(output_dir)
+    if resume_from_checkpoint == "latest":
+        if not steps:
+            return None
+        checkpoint = output_dir / f"checkpoint-{steps[-1]}"
+    else:
+        checkpoint = Path(resume_from_checkpoint)
+        if not checkpoint.is_dir():
+            checkpoint = output_dir / resume_from_checkpoint
+        if not checkpoint.is_dir():
+            known = ", ".join(f"checkpoint-{step}" for step in steps) or "none"
+            raise UserError(
+                f"--resume_from_checkpoint: {resume_from_checkpoint} does not exist; {output_dir} holds: {known}"
+            )
+    found = damage(checkpoint)
+    if found:
+        number = re.sub(r"\D", "", checkpoint.name)
+        earlier = [step for step in steps if number and step < int(number)]
+        advice = f"use --resume_from_checkpoint checkpoint-{earlier[-1]}" if earlier else "there is no earlier one"
+        raise UserError(f"--resume_from_checkpoint: {checkpoint} cannot be used: {found}; {advice}")
+    return checkpoint
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, ema: EMA | None, identity: dict[str, Any]) -> int:
+    """Loads model, optimizer and EMA; returns the number of optimizer steps done. Every process calls this.
+
+    Raises UserError where the checkpoint belongs to a run with another `identity`.
+    """
+    manifest = read_json(checkpoint / MANIFEST)
+    for key, value in identity.items():
+        if manifest["identity"].get(key) != value:
+            raise UserError(
+                f"--resume_from_checkpoint: {checkpoint} was trained with {key} = {manifest['identity'].get(key)}, this run has {value}; "
+                "give the same flags as then, or another --output_dir"
+            )
+    accelerator.load_state(str(checkpoint))
+    if ema is not None:
+        ema.load(checkpoint / EMA_FILE)
+    return manifest["global_step"]
+
+
+def resume(
+    accelerator: Accelerator,
+    output_dir: Path,
+    resume_from_checkpoint: str | None,
+    ema: EMA | None,
+    identity: dict[str, Any],
+) -> int:
+    """Loads the checkpoint that `--resume_from_checkpoint` names, if any; returns the number of optimizer steps done."""
+    if not resume_from_checkpoint:
+        return 0
+    checkpoint = find_checkpoint(output_dir, resume_from_checkpoint)
+    if checkpoint is None:
+        logger.info("%s holds no checkpoint: starting from the beginning", output_dir)
+        return 0
+    global_step = load_checkpoint(accelerator, checkpoint, ema, identity)
+    logger.info("going on from %s, after %d steps", checkpoint, global_step)
+    return global_step

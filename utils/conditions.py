@@ -1,0 +1,93 @@
+"""Conditions: what a denoiser is told beside the noisy latents, and the null it is told instead when that is dropped.
+
+Every condition reaches a denoiser through one of the two channels of `Conditioning`. An encoder maps a batch's values and a
+drop mask to it, and owns its null embedding, so that training and sampling cannot disagree about what "unconditional" means.
+This file is copied into exported runs: it imports torch and diffusers only.
+"""
+
+from typing import NamedTuple
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+
+class Conditioning(NamedTuple):
+    pooled_projections: Tensor | None = None  # (B, D)    added to the timestep embedding
+    encoder_hidden_states: Tensor | None = None  # (B, S, D) cross-attention
+    encoder_attention_mask: Tensor | None = None  # (B, S)    True = attend
+
+
+class NoCondition(ModelMixin, ConfigMixin):
+    """The condition of an unconditional model: nothing, dropped or not."""
+
+    @register_to_config
+    def __init__(self):
+        super().__init__()
+
+    def forward(self, values: dict[str, Tensor], drop: Tensor) -> Conditioning:
+        return Conditioning()
+
+
+class ClassCondition(ModelMixin, ConfigMixin):
+    """Class labels (B,) in [0, num_classes) as learnt embeddings; the row after the last class is the null class."""
+
+    @register_to_config
+    def __init__(self, num_classes: int, embedding_dim: int, label_names: list[str] | None = None):
+        super().__init__()
+        self.embedding = nn.Embedding(num_classes + 1, embedding_dim)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def forward(self, values: dict[str, Tensor], drop: Tensor) -> Conditioning:
+        """`values["class_labels"]` (B,), `drop` (B,) True = null."""
+        labels = torch.where(drop, self.config.num_classes, values["class_labels"])
+        return Conditioning(pooled_projections=self.embedding(labels))  # (B, D)
+
+
+class TextCondition(ModelMixin, ConfigMixin):
+    """Text-encoder states (B, S, D), unmasked over all S tokens as Stable Diffusion trains them.
+
+    The null is the state of the empty caption, as the latent cache holds it. With `use_pooled` the state of the
+    caption's last real token (what CLIP pools) goes to the timestep embedding too.
+    """
+
+    @register_to_config
+    def __init__(self, hidden_size: int, sequence_length: int, use_pooled: bool = False):
+        super().__init__()
+        self.register_buffer("null_hidden_states", torch.zeros(sequence_length, hidden_size))
+        self.register_buffer("null_num_tokens", torch.tensor(2))  # start and end of text
+
+    def set_null(self, hidden_states: Tensor, num_tokens: int) -> None:
+        """Takes the states (S, D) of the empty caption and its count of real tokens."""
+        self.null_hidden_states.copy_(hidden_states)
+        self.null_num_tokens.fill_(num_tokens)
+
+    def forward(self, values: dict[str, Tensor], drop: Tensor) -> Conditioning:
+        """`values["encoder_hidden_states"]` (B, S, D), `values["num_tokens"]` (B,), `drop` (B,) True = null."""
+        given_states = values["encoder_hidden_states"].to(self.null_hidden_states.dtype)
+        hidden_states = torch.where(drop[:, None, None], self.null_hidden_states, given_states)
+        num_tokens = torch.where(drop, self.null_num_tokens, values["num_tokens"])
+        pooled = None
+        if self.config.use_pooled:
+            pooled = hidden_states[torch.arange(len(drop), device=drop.device), num_tokens - 1]  # (B, D)
+        return Conditioning(pooled, hidden_states)
+
+
+CONDITIONS: dict[str, type[ModelMixin]] = {"none": NoCondition, "class": ClassCondition, "text": TextCondition}
+
+
+def tokenize(tokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
+    """Captions -> token ids (B, S) padded or cut to the tokenizer's `model_max_length`, and counts of real tokens (B,)."""
+    length = tokenizer.model_max_length
+    tokens = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return tokens.input_ids, tokens.attention_mask.sum(dim=1)
+
+
+@torch.no_grad()
+def encode_text(tokenizer, text_encoder, captions: list[str]) -> dict[str, Tensor]:
+    """The values that `TextCondition` takes, of the last layer after its final norm: what StableDiffusionPipeline uses."""
+    input_ids, num_tokens = tokenize(tokenizer, captions)
+    device = text_encoder.device
+    hidden_states = text_encoder(input_ids.to(device))[0]  # (B, S, D)
+    return {"encoder_hidden_states": hidden_states, "num_tokens": num_tokens.to(device)}

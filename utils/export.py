@@ -1,0 +1,227 @@
+"""A run's folder in diffusers format: what is written when training starts and ends, and how it is loaded again.
+
+The frozen parts (VAE, text encoder, tokenizer, scheduler) and the configs of the trained ones are written first, so that any checkpoint
+can be sampled; weights and `model_index.json` come at the end. Text-to-image U-Nets become a stock StableDiffusionPipeline.
+"""
+
+import shutil
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.modeling_utils import ModelMixin
+from safetensors.torch import load_file
+
+from utils import codecs, conditions, guidance, pipelines
+from utils.checkpoints import EMA_FILE, MANIFEST, checkpoint_steps, damage
+from utils.codecs import Normalisation
+from utils.errors import UserError
+from utils.files import read_json, write_json, write_text
+from utils.latent_cache import LatentSpec
+from utils.models import dit
+from utils.models.denoiser import ConditionalDenoiser
+from utils.pipelines import LatentDiffusionPipeline
+from utils.sampling import SAMPLERS, is_flow, sampling_scheduler
+from utils.text_encoders import load_text_encoder
+
+MODEL_CLASSES: dict[str, type[ModelMixin]] = {
+    "UNet2DConditionModel": UNet2DConditionModel,
+    "DiT": dit.DiT,
+    "NoCondition": conditions.NoCondition,
+    "ClassCondition": conditions.ClassCondition,
+    "TextCondition": conditions.TextCondition,
+}
+SCHEDULER_CLASSES = {scheduler.__name__: scheduler for scheduler in SAMPLERS.values()}
+
+
+@dataclass
+class FrozenParts:
+    """What a run uses and does not train."""
+
+    vae: ModelMixin
+    normalisation: Normalisation  # of the VAE as it is here, after folding
+    scheduler: SchedulerMixin  # of the training objective
+    text_encoder: Any = None
+    tokenizer: Any = None
+
+
+def load_frozen_parts(spec: LatentSpec, normalisation: Normalisation, scheduler: SchedulerMixin) -> FrozenParts:
+    """Loads the models that made a cache, and checks that their weights still are the ones that made it."""
+    vae = codecs.load_vae(spec.vae)
+    check_weights(vae, spec.vae, spec.fingerprint["vae"]["sha256"])
+    if not normalisation.is_plain_scaling() and codecs.is_foldable(vae):
+        vae = codecs.fold_normalisation(vae, normalisation)
+        normalisation = Normalisation.of_vae(vae.config, spec.shape[0])
+    elif normalisation.is_plain_scaling() and not normalisation == Normalisation.of_vae(vae.config, spec.shape[0]):
+        vae.register_to_config(scaling_factor=1 / normalisation.std[0])
+    tokenizer = text_encoder = None
+    if spec.text_encoder:
+        source = spec.text_encoder
+        tokenizer, text_encoder = load_text_encoder(str(source["name"]), str(source["library"]), source["tokenizer"])
+        check_weights(text_encoder, str(source["name"]), spec.fingerprint["text_encoder"]["sha256"])
+    return FrozenParts(vae, normalisation, scheduler, text_encoder, tokenizer)
+
+
+def check_weights(model: torch.nn.Module, name: str, expected: str) -> None:
+    """Raises UserError if a frozen model is no longer the one whose outputs were cached."""
+    if codecs.weights_hash(model) != expected:
+        raise UserError(
+            f"--latents_dir: {name} now has other weights than when the latents were computed; precompute again"
+        )
+
+
+def component_name(model: ModelMixin) -> str:
+    """The folder of the denoiser, as diffusers names it."""
+    return "unet" if isinstance(model, UNet2DConditionModel) else "transformer"
+
+
+def make_pipeline(denoiser: ConditionalDenoiser, parts: FrozenParts) -> LatentDiffusionPipeline:
+    """A pipeline around the live denoiser, for validation."""
+    return LatentDiffusionPipeline(
+        vae=parts.vae,
+        scheduler=sampling_scheduler(parts.scheduler),
+        conditions=denoiser.conditions,
+        latents_mean=list(parts.normalisation.mean),
+        latents_std=list(parts.normalisation.std),
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        **{component_name(denoiser.model): denoiser.model},
+    )
+
+
+def save_frozen_parts(output_dir: Path, denoiser: ConditionalDenoiser, parts: FrozenParts) -> None:
+    """Writes all that a checkpoint needs beside it to be sampled."""
+    parts.vae.save_pretrained(output_dir / "vae")
+    sampling_scheduler(parts.scheduler).save_pretrained(output_dir / "scheduler")
+    if parts.text_encoder is not None:
+        parts.text_encoder.save_pretrained(output_dir / "text_encoder")
+        parts.tokenizer.save_pretrained(output_dir / "tokenizer")
+    denoiser.model.save_config(output_dir / component_name(denoiser.model))
+    denoiser.conditions.save_config(output_dir / "conditions")
+    normalisation = {"mean": parts.normalisation.mean, "std": parts.normalisation.std}
+    write_json(output_dir / "latent_normalisation.json", normalisation)
+
+
+def is_stable_diffusion(denoiser: ConditionalDenoiser, parts: FrozenParts) -> bool:
+    """Whether the stock StableDiffusionPipeline can run this model and give the same images."""
+    return (
+        isinstance(denoiser.model, UNet2DConditionModel)
+        and isinstance(denoiser.conditions, conditions.TextCondition)
+        and not is_flow(parts.scheduler)
+        and parts.normalisation.is_plain_scaling()
+        and hasattr(parts.vae.config, "block_out_channels")
+    )
+
+
+def export_run(output_dir: Path, denoiser: ConditionalDenoiser, parts: FrozenParts, card: str) -> None:
+    """Writes the trained weights, the model card and, last, `model_index.json`."""
+    name = component_name(denoiser.model)
+    denoiser.model.save_pretrained(output_dir / name)
+    denoiser.conditions.save_pretrained(output_dir / "conditions")
+    write_text(output_dir / "README.md", card)
+    if is_stable_diffusion(denoiser, parts):
+        pipeline = StableDiffusionPipeline(
+            vae=parts.vae,
+            text_encoder=parts.text_encoder,
+            tokenizer=parts.tokenizer,
+            unet=denoiser.model,
+            scheduler=sampling_scheduler(parts.scheduler),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.save_config(output_dir)
+        return
+    # Our own classes travel with the run: each file holds its class and imports torch and diffusers only.
+    pipeline = make_pipeline(denoiser, parts)
+    shutil.copy(str(conditions.__file__), output_dir / "conditions" / "conditions.py")
+    for module in (pipelines, conditions, guidance):
+        shutil.copy(str(module.__file__), output_dir / Path(str(module.__file__)).name)
+    pipeline.save_config(output_dir)
+    index = read_json(output_dir / "model_index.json")
+    index["_class_name"] = ["pipelines", "LatentDiffusionPipeline"]
+    index["conditions"] = ["conditions", type(denoiser.conditions).__name__]
+    if isinstance(denoiser.model, dit.DiT):
+        shutil.copy(str(dit.__file__), output_dir / name / "dit.py")
+        index[name] = ["dit", "DiT"]
+    write_json(output_dir / "model_index.json", index)
+
+
+def load_run(path: str | Path) -> LatentDiffusionPipeline:
+    """The pipeline of a finished run, of a run that is not finished (its newest checkpoint), or of a checkpoint. EMA weights, where
+    the run kept an average. Executes no code from the folder. Raises UserError for a folder that is no run."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"--model: {path} does not exist; give a run's folder or one of its checkpoints")
+    checkpoint = path if (path / MANIFEST).is_file() else None
+    run_dir = path.parent if checkpoint else path
+    name = next((each for each in ("unet", "transformer") if (run_dir / each / "config.json").is_file()), None)
+    if name is None or not (run_dir / "vae").is_dir() or not (run_dir / "scheduler").is_dir():
+        raise UserError(
+            f"--model: {path} is no run (no unet/ or transformer/ with vae/ and scheduler/ in it); give a run's folder or a checkpoint"
+        )
+    if checkpoint is None and not (run_dir / "model_index.json").is_file():
+        steps = checkpoint_steps(run_dir)
+        if not steps:
+            raise UserError(f"--model: {run_dir} was never finished and has no checkpoint; train it first")
+        checkpoint = run_dir / f"checkpoint-{steps[-1]}"
+    denoiser = load_denoiser(run_dir, name, checkpoint)
+    vae = codecs.load_vae(str(run_dir / "vae"))
+    tokenizer = text_encoder = None
+    if (run_dir / "text_encoder").is_dir():
+        tokenizer, text_encoder = load_text_encoder(str(run_dir))
+    scheduler_class = SCHEDULER_CLASSES[read_json(run_dir / "scheduler" / "scheduler_config.json")["_class_name"]]
+    normalisation = {k: tuple(v) for k, v in read_json(run_dir / "latent_normalisation.json").items()}
+    parts = FrozenParts(
+        vae,
+        Normalisation(**normalisation),
+        scheduler_class.from_pretrained(run_dir / "scheduler"),
+        text_encoder,
+        tokenizer,
+    )
+    return make_pipeline(denoiser, parts)
+
+
+def load_denoiser(run_dir: Path, name: str, checkpoint: Path | None) -> ConditionalDenoiser:
+    """Denoiser and conditions of a finished run, or with the weights of a checkpoint of it."""
+    folders = (run_dir / name, run_dir / "conditions")
+    classes = [MODEL_CLASSES[read_json(folder / "config.json")["_class_name"]] for folder in folders]
+    if checkpoint is None:
+        model, condition = (cls.from_pretrained(folder) for cls, folder in zip(classes, folders, strict=True))
+        return ConditionalDenoiser(model, condition).eval()
+    found = damage(checkpoint)
+    if found:
+        raise UserError(f"--model: {checkpoint} cannot be used: {found}")
+    model, condition = (cls.from_config(cls.load_config(folder)) for cls, folder in zip(classes, folders, strict=True))
+    denoiser = ConditionalDenoiser(model, condition)
+    weights = load_file(checkpoint / "model.safetensors")
+    if (checkpoint / EMA_FILE).is_file():
+        weights |= load_file(checkpoint / EMA_FILE)  # the average has no buffers: those come from the model
+    denoiser.load_state_dict(weights)
+    return denoiser.eval()
+
+
+def model_card(args: Namespace, spec: LatentSpec) -> str:
+    """The README.md of a run: what it is, what it was trained on, how to sample it."""
+    kind = (
+        "text-to-image"
+        if spec.captions and hasattr(args, "validation_prompts")
+        else "class-conditional or unconditional"
+    )
+    dataset = spec.fingerprint["dataset"]
+    name = dataset.get("name") or dataset.get("dataset_name") or "a local dataset"
+    return f"""---
+library_name: diffusers
+tags: [diffusion, latent-diffusion, trained-from-scratch]
+---
+# A {kind} latent diffusion model
+
+Trained from scratch on {name} ({spec.num_rows} images at {spec.fingerprint["resolution"]} pixels), {args.max_train_steps} steps of
+{args.train_batch_size} samples per process, prediction type `{args.prediction_type}`, latents of `{spec.vae}`. The weights are
+{"the exponential moving average" if args.use_ema else "the last ones"}; `args.yaml` repeats the run.
+
+    python sample.py --model THIS_FOLDER --guidance_scale 7.5
+"""

@@ -1,0 +1,206 @@
+"""Reading the latent cache: a `datasets` dataset in Arrow shards, and the spec that says what is in it.
+
+    CACHE/latent_spec.json    written last: a cache without it is not finished
+    CACHE/latents/            one row an image: raw latents, label, captions and their ids
+    CACHE/captions/           one row a distinct caption: text-encoder states or token ids
+    CACHE/skipped.jsonl       the images that could not be read, and why
+
+Both folders open with `datasets.load_from_disk`. Raw latents are stored and normalised when read. `utils/cache_writer.py` writes it.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.codecs import Normalisation
+from utils.draws import SampleDraws, StreamOrder, uniform_draws
+from utils.errors import UserError
+from utils.files import read_json, sha256_json
+
+SPEC_FILE = "latent_spec.json"
+SPEC_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """What a latent cache holds. `fingerprint` is all that decides its content; two caches with equal ones are equal."""
+
+    kind: str  # "image"
+    shape: tuple[int, ...]  # of one latent, (C, H, W)
+    dtype: str
+    content: str  # "moments": mean and std of the posterior; "mean": one latent
+    flips: bool  # a second encode of the mirrored image is stored
+    num_rows: int
+    num_skipped: int
+    normalisation: dict[str, dict[str, list[float]]]  # "vae" and "measured": mean and std per channel
+    captions: dict[str, Any] | None  # content ("hidden_states" or "input_ids"), shape, count
+    labels: dict[str, Any] | None  # num_classes, names
+    vae: str
+    text_encoder: dict[str, str | None] | None  # name, library, tokenizer
+    fingerprint: dict[str, Any]
+    version: int = SPEC_VERSION
+
+    @classmethod
+    def read(cls, cache_dir: str | Path) -> "LatentSpec":
+        """The spec of a finished cache. Raises UserError where there is none."""
+        path = Path(cache_dir) / SPEC_FILE
+        if not path.is_file():
+            state = (
+                "is not finished (run precompute_latents.py again, it continues)"
+                if Path(cache_dir).is_dir()
+                else "does not exist"
+            )
+            raise UserError(f"--latents_dir: the latent cache {cache_dir} {state}: no {SPEC_FILE} in it")
+        values = read_json(path)
+        if values.get("version") != SPEC_VERSION:
+            raise UserError(
+                f"{path}: version {values.get('version')} of the format, expected {SPEC_VERSION}; precompute again"
+            )
+        values["shape"] = tuple(values["shape"])
+        return cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `latent_spec.json`."""
+        return asdict(self)
+
+    def identity(self) -> str:
+        """One hash of the fingerprint, for checkpoints to remember."""
+        return sha256_json(self.fingerprint)
+
+
+def check_fingerprint(found: dict[str, Any], asked: dict[str, Any], cache_dir: str | Path) -> None:
+    """Raises UserError, with both sides, unless the cache was made with everything in `asked` (a part or all of it)."""
+    for key, wanted in asked.items():
+        if found.get(key) != wanted:
+            raise UserError(
+                f"--latents_dir: the latent cache {cache_dir} was made with {key} = {summary(found.get(key))}, and this run asks for "
+                f"{key} = {summary(wanted)}; change the flag back or give another --latents_dir"
+            )
+
+
+def summary(value: Any) -> str:
+    """A fingerprint's entry in one short line."""
+    if isinstance(value, dict):
+        parts = (f"{k} {str(v)[:12] if 'sha' in k else v}" for k, v in value.items() if not isinstance(v, dict | list))
+        return "(" + ", ".join(parts) + ")"
+    return str(value)
+
+
+def column_views(table: datasets.Dataset, column: str) -> list[np.ndarray]:
+    """A column of fixed-size lists as arrays (rows, n), one for each record batch, straight on the memory-mapped file."""
+    return [chunk.flatten().to_numpy().reshape(len(chunk), -1) for chunk in table.data.column(column).chunks]
+
+
+class RowGatherer:
+    """Copies rows of a fixed-size column into one batch: one memory copy a row, no Python object in between."""
+
+    def __init__(self, table: datasets.Dataset, column: str, shape: tuple[int, ...]):
+        self.views = column_views(table, column)
+        self.starts = np.cumsum([0] + [len(view) for view in self.views])
+        self.shape = shape
+
+    def __call__(self, rows: np.ndarray) -> Tensor:
+        """Rows (B,) -> tensor (B, *shape) in the stored dtype."""
+        batch = np.empty((len(rows), self.views[0].shape[1]), dtype=self.views[0].dtype)
+        shards = np.searchsorted(self.starts, rows, side="right") - 1
+        for i, (shard, offset) in enumerate(zip(shards, rows - self.starts[shards], strict=True)):
+            batch[i] = self.views[shard][offset]
+        return torch.from_numpy(batch).view(len(rows), *self.shape)
+
+
+class LatentCache:
+    """An open latent cache: `gather(rows, ...)` and `normalise(batch, draws)`."""
+
+    def __init__(self, cache_dir: str | Path, normalisation: str = "vae"):
+        """`normalisation`: "vae" (its scaling and shift) or "measured" (mean and std per channel of this data)."""
+        self.spec = LatentSpec.read(cache_dir)
+        self.normalisation = Normalisation(**{k: tuple(v) for k, v in self.spec.normalisation[normalisation].items()})
+        table = datasets.load_from_disk(str(Path(cache_dir) / "latents"))
+        if len(table) != self.spec.num_rows:
+            raise UserError(
+                f"{cache_dir}: {len(table)} rows on disk, {self.spec.num_rows} in {SPEC_FILE}; precompute again"
+            )
+        planes = 2 if self.spec.content == "moments" else 1
+        shape = (planes, *self.spec.shape)
+        self.latents = [RowGatherer(table, "latents", shape)]
+        if self.spec.flips:
+            self.latents.append(RowGatherer(table, "latents_flipped", shape))
+        self.class_labels = table.data.column("label").to_numpy() if self.spec.labels else None
+        if self.spec.captions:
+            self._open_captions(table, Path(cache_dir) / "captions")
+
+    def _open_captions(self, table: datasets.Dataset, folder: Path) -> None:
+        ids = table.data.column("caption_id").combine_chunks()
+        captions = datasets.load_from_disk(str(folder))
+        known = captions.data.column("caption_id").to_numpy()
+        order = np.argsort(known)
+        # Row of the caption table for each (image, caption) pair, and where each image's captions begin.
+        self.caption_rows = order[np.searchsorted(known[order], ids.flatten().to_numpy())]
+        self.caption_starts = ids.offsets.to_numpy().astype(np.int64)
+        self.caption_starts -= self.caption_starts[0]
+        self.num_tokens = captions.data.column("num_tokens").to_numpy()
+        self.caption_content = self.spec.captions["content"]
+        self.caption_states = RowGatherer(captions, self.caption_content, tuple(self.spec.captions["shape"]))
+
+    def __len__(self) -> int:
+        return self.spec.num_rows
+
+    def gather(
+        self, rows: np.ndarray, flip: np.ndarray | None = None, caption_draw: np.ndarray | None = None
+    ) -> dict[str, Tensor]:
+        """A batch of rows (B,). `flip` (B,) bool takes mirrored encodes; `caption_draw` (B,) in [0, 1) picks a caption of each."""
+        if flip is None or not self.spec.flips:
+            moments = self.latents[0](rows)  # (B, planes, C, H, W)
+        else:
+            moments = self.latents[0](rows)
+            moments[torch.from_numpy(flip)] = self.latents[1](rows[flip])
+        batch = {"latents": moments}
+        if self.class_labels is not None:
+            batch["class_labels"] = torch.from_numpy(self.class_labels[rows])
+        if self.spec.captions:
+            counts = self.caption_starts[rows + 1] - self.caption_starts[rows]
+            chosen = 0 if caption_draw is None else (caption_draw * counts).astype(np.int64)
+            captions = self.caption_rows[self.caption_starts[rows] + chosen]
+            name = "input_ids" if self.caption_content == "input_ids" else "encoder_hidden_states"
+            batch[name] = self.caption_states(captions)
+            batch["num_tokens"] = torch.from_numpy(self.num_tokens[captions])
+        return batch
+
+    def null_caption(self) -> tuple[Tensor, int]:
+        """What is stored for the empty caption, (S, D) states or (S,) token ids, and its count of real tokens. Always row 0."""
+        return self.caption_states(np.array([0]))[0], int(self.num_tokens[0])
+
+    def normalise(self, batch: dict[str, Tensor], draws: SampleDraws) -> Tensor:
+        """The latents (B, C, H, W) that the denoiser sees; of moments a fresh sample of the posterior each time."""
+        moments = batch["latents"].float()
+        raw_latents = moments[:, 0]
+        if self.spec.content == "moments":
+            raw_latents = raw_latents + moments[:, 1] * draws.normal("posterior", raw_latents.shape)
+        return self.normalisation.normalise(raw_latents)
+
+
+class LatentStream(torch.utils.data.Dataset):
+    """The endless stream of training samples: position -> sample, a pure function of (seed, position).
+
+    A flip and a caption are drawn for each position, so they differ between epochs.
+    """
+
+    def __init__(self, cache: LatentCache, seed: int):
+        self.cache = cache
+        self.seed = seed
+        self.order = StreamOrder(seed, len(cache))
+
+    def __getitems__(self, positions: list[int]) -> dict[str, Tensor]:
+        """The batch at `positions`, with the positions in it."""
+        where = np.asarray(positions, dtype=np.int64)
+        flip = uniform_draws(self.seed, "flip", where) < 0.5
+        batch = self.cache.gather(self.order.rows(where), flip, uniform_draws(self.seed, "caption", where))
+        return batch | {"positions": torch.from_numpy(where)}
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        return {name: values[0] for name, values in self.__getitems__([position]).items()}

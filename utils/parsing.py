@@ -1,0 +1,164 @@
+"""Parsing: the types of flags, the YAML file that can fill them, and how a script reports bad input. Imports no torch."""
+
+import argparse
+import logging
+import os
+import sys
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from utils.errors import UserError
+
+
+class Unset(list):
+    """Stands for a flag that was not given; a list, because repeated flags append to a copy of what stands there."""
+
+
+UNSET: Any = Unset()
+
+
+def positive_int(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    """A whole number of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def non_negative_float(text: str) -> float:
+    """A number of at least 0."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """A number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
+def fraction(text: str) -> float:
+    """A number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def parse_with_config(parser: ArgumentParser, argv: list[str] | None = None) -> Namespace:
+    """Parses the command line over `--config FILE.yaml` over the defaults.
+
+    The result has one more attribute, `given`: the names that the command line or the file set.
+    """
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", default=None, help="YAML file of these flags; the command line wins."
+    )
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    args = parser.parse_args(argv, Namespace(**dict.fromkeys(actions, UNSET)))
+    from_file = {} if args.config is UNSET else read_config(args.config, actions)
+    given = set(from_file)
+    for name, action in actions.items():
+        if getattr(args, name) is not UNSET:
+            given.add(name)
+        else:
+            setattr(args, name, from_file.get(name, action.default))
+    args.given = given - {"config"}
+    return args
+
+
+def read_config(path: str, actions: dict[str, argparse.Action]) -> dict[str, Any]:
+    """Values of a YAML file, checked against the flags they fill. Raises UserError that names the file and the key."""
+    if not Path(path).is_file():
+        raise UserError(f"--config: the file {path} does not exist")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: expected lines of `flag: value`, found a {type(values).__name__}")
+    for key in values:
+        if key not in actions or key == "config":
+            known = ", ".join(sorted(name for name in actions if name != "config"))
+            raise UserError(f"--config {path}: unknown key '{key}'; the flags of this script are: {known}")
+    return {key: checked_value(path, key, value, actions[key]) for key, value in values.items()}
+
+
+def checked_value(path: str, key: str, value: Any, action: argparse.Action) -> Any:
+    """One value of a config file as its flag would have parsed it."""
+
+    def refuse(expected: str) -> UserError:
+        return UserError(f"--config {path}: {key}: expected {expected}, found {value!r}")
+
+    if value is None:
+        if action.default is not None:
+            raise refuse("a value")
+        return None
+    if isinstance(action, BooleanOptionalAction):
+        if not isinstance(value, bool):
+            raise refuse("true or false")
+        return value
+    if action.nargs in ("+", "*") or isinstance(action, argparse._AppendAction):
+        if not isinstance(value, list):
+            raise refuse("a list")
+        return [converted(item, action, refuse) for item in value]
+    return converted(value, action, refuse)
+
+
+def converted(value: Any, action: argparse.Action, refuse: Callable[[str], UserError]) -> Any:
+    """A scalar through its flag's type and choices."""
+    convert: Any = action.type
+    if isinstance(value, bool | list | dict) or (convert is None and not isinstance(value, str)):
+        raise refuse("text" if convert is None else "a number")
+    try:
+        result = value if convert is None else convert(str(value))
+    except argparse.ArgumentTypeError as error:
+        raise refuse(str(error)) from error
+    except ValueError as error:
+        raise refuse("a number") from error
+    if action.choices is not None and result not in action.choices:
+        raise refuse("one of " + ", ".join(map(str, action.choices)))
+    return result
+
+
+def required(args: Namespace, *names: str) -> None:
+    """Raises UserError for a flag that neither the command line nor the config file gave."""
+    for name in names:
+        if getattr(args, name) is None:
+            raise UserError(f"--{name} is required: give it on the command line or in --config")
+
+
+def refuse_together(args: Namespace, first: str, second: str, reason: str) -> None:
+    """Raises UserError if both flags are set to something other than off."""
+    if getattr(args, first) and getattr(args, second):
+        raise UserError(f"--{first} with --{second}: {reason}")
+
+
+def run_script(main: Callable[[Namespace], None], parse_args: Callable[[], Namespace]) -> None:
+    """Runs a script; bad input becomes one line on standard error and exit code 2, with no traceback."""
+    for library in (
+        "xformers",
+        "bitsandbytes",
+    ):  # diffusers imports them, wanted or not, and they complain of missing GPUs
+        logging.getLogger(library).setLevel(logging.ERROR)
+    try:
+        main(parse_args())
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

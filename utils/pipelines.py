@@ -1,0 +1,170 @@
+"""The diffusers pipeline of every model that StableDiffusionPipeline cannot run: class-conditional, unconditional, DiT, flow.
+
+This file is copied into exported runs with the files it imports, so that `DiffusionPipeline.from_pretrained(run,
+custom_pipeline=run, trust_remote_code=True)` works where this repository is not installed. It imports torch and diffusers only.
+"""
+
+import inspect
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .conditions import encode_text
+from .guidance import guided_prediction
+
+
+class LatentDiffusionPipeline(DiffusionPipeline):
+    """Samples images from text prompts, class labels or nothing, whichever the run was trained on.
+
+    `unet` (UNet2DConditionModel) or `transformer` (DiT) is the denoiser. `latents_mean` and `latents_std` are per-channel
+    lists: the VAE decodes latents * std + mean; by default the VAE's scaling says both.
+    """
+
+    _optional_components = ("unet", "transformer", "text_encoder", "tokenizer")
+    model_cpu_offload_seq = "text_encoder->conditions->unet->transformer->vae"
+
+    def __init__(
+        self,
+        vae,
+        scheduler,
+        conditions,
+        unet=None,
+        transformer=None,
+        text_encoder=None,
+        tokenizer=None,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            vae=vae,
+            scheduler=scheduler,
+            conditions=conditions,
+            unet=unet,
+            transformer=transformer,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+        )
+        channels = self.denoiser.config.in_channels
+        latents_mean = list(latents_mean or [0.0] * channels)
+        latents_std = list(latents_std or [1.0 / (vae.config.get("scaling_factor") or 1.0)] * channels)
+        self.register_to_config(latents_mean=latents_mean, latents_std=latents_std)
+        self.image_processor = VaeImageProcessor()
+
+    @property
+    def denoiser(self):
+        """The model that predicts, U-Net or transformer."""
+        return self.unet if self.unet is not None else self.transformer
+
+    def encode_condition(
+        self, prompt, class_labels, negative_prompt, num_images: int
+    ) -> tuple[dict[str, Tensor], int]:
+        """The condition's values for the conditional branch followed by the unconditional one, and the number of images.
+
+        A negative prompt stands in the place of the null; without one the null branch only repeats the values, for the drop mask to hide.
+        Raises ValueError where the run was trained on another condition.
+        """
+        kind = type(self.conditions).__name__
+        if prompt is not None and kind != "TextCondition":
+            raise ValueError(f"this run has no text condition ({kind}): it takes no prompt")
+        if class_labels is not None and kind != "ClassCondition":
+            raise ValueError(f"this run has no class condition ({kind}): it takes no class_labels")
+        if kind == "TextCondition":
+            if prompt is None:
+                raise ValueError("this run is text-conditional: give a prompt")
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+            prompts = [text for text in prompts for _ in range(num_images)]
+            values = encode_text(self.tokenizer, self.text_encoder, prompts)
+            if negative_prompt is None:
+                return {k: torch.cat([v, v]) for k, v in values.items()}, len(prompts)
+            negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+            null_values = encode_text(self.tokenizer, self.text_encoder, negatives)
+            return {k: torch.cat([v, null_values[k]]) for k, v in values.items()}, len(prompts)
+        if kind == "ClassCondition":
+            if class_labels is None:
+                raise ValueError("this run is class-conditional: give class_labels")
+            labels = (
+                torch.as_tensor(class_labels, device=self.conditions.device).flatten().repeat_interleave(num_images)
+            )
+            if labels.min() < 0 or labels.max() >= self.conditions.config.num_classes:
+                raise ValueError(f"class_labels must be in 0 to {self.conditions.config.num_classes - 1}")
+            return {"class_labels": torch.cat([labels, labels])}, len(labels)
+        return {}, num_images
+
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, values: dict[str, Tensor], drop: Tensor) -> Tensor:
+        """One call of the denoiser on the first `len(noisy_latents)` of the values."""
+        count = len(noisy_latents)
+        conditioning = self.conditions({k: v[:count] for k, v in values.items()}, drop[:count])
+        return self.denoiser(
+            noisy_latents,
+            timesteps,
+            encoder_hidden_states=conditioning.encoder_hidden_states,
+            class_labels=conditioning.pooled_projections,
+            encoder_attention_mask=conditioning.encoder_attention_mask,
+            return_dict=False,
+        )[0]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        class_labels: int | list[int] | Tensor | None = None,
+        negative_prompt: str | list[str] | None = None,
+        guidance_scale: float = 4.0,
+        num_inference_steps: int = 50,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ):
+        """Images for `prompt` or `class_labels`, `num_images_per_prompt` of each (or that many in all, unconditionally).
+
+        `guidance_scale` 1 is off. `output_type`: "pil", "np", "pt" (B, 3, H, W) in [0, 1], or "latent". With a list of generators, one
+        an image, an image does not depend on the batch it was made in.
+        """
+        values, count = self.encode_condition(prompt, class_labels, negative_prompt, num_images_per_prompt)
+        if not values:
+            guidance_scale = 1.0  # unconditional: there is nothing to guide towards
+        config, device = self.denoiser.config, self._execution_device
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (count, config.in_channels, height, width)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=self.denoiser.dtype)
+        latents = latents.to(device) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        drop = torch.arange(2 * count, device=device) >= count  # the second half is the unconditional branch
+        if negative_prompt is not None:
+            drop = torch.zeros_like(drop)
+
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        extra = {"generator": generator} if takes_generator else {}
+        for timestep in self.progress_bar(self.scheduler.timesteps):
+            model_input = latents
+            if hasattr(self.scheduler, "scale_model_input"):
+                model_input = self.scheduler.scale_model_input(latents, timestep)
+            model_pred = guided_prediction(
+                lambda noisy, timesteps: self.predict(noisy, timesteps, values, drop),
+                model_input,
+                timestep,
+                guidance_scale,
+            )
+            latents = self.scheduler.step(model_pred, timestep, latents, return_dict=False, **extra)[0]
+        if output_type == "latent":
+            images = latents
+        else:
+            images = self.image_processor.postprocess(self.decode(latents), output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents (B, C, h, w) -> images (B, 3, H, W) in about [-1, 1]."""
+        mean, std = (
+            torch.tensor(values, device=latents.device, dtype=torch.float32).view(1, -1, 1, 1)
+            for values in (self.config.latents_mean, self.config.latents_std)
+        )
+        return self.vae.decode((latents.float() * std + mean).to(self.vae.dtype), return_dict=False)[0]

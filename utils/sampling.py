@@ -1,0 +1,83 @@
+"""Samplers by name, seeds that belong to an image, and pictures that carry their parameters."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from utils.errors import UserError
+
+SAMPLERS: dict[str, type[SchedulerMixin]] = {
+    "ddpm": DDPMScheduler,
+    "ddim": DDIMScheduler,
+    "dpmsolver++": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+    "flow_euler": FlowMatchEulerDiscreteScheduler,
+    "flow_heun": FlowMatchHeunDiscreteScheduler,
+}
+FLOW_SAMPLERS = ("flow_euler", "flow_heun")
+
+
+def is_flow(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler samples rectified flow."""
+    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler | FlowMatchHeunDiscreteScheduler)
+
+
+def sampling_scheduler(trained_with: SchedulerMixin, name: str | None = None) -> SchedulerMixin:
+    """The sampler `name` with the noise schedule that the model was trained with; by default DDIM, or Euler for flow."""
+    name = name or ("flow_euler" if is_flow(trained_with) else "ddim")
+    if is_flow(trained_with) != (name in FLOW_SAMPLERS):
+        fitting = [each for each in SAMPLERS if (each in FLOW_SAMPLERS) == is_flow(trained_with)]
+        raise UserError(f"--scheduler {name}: this run was trained for {', '.join(fitting)}; use one of these")
+    return SAMPLERS[name].from_config(trained_with.config)
+
+
+def image_generators(seed: int, first: int, count: int) -> list[torch.Generator]:
+    """One generator for each image: image i of a run has seed `seed + i`, whatever batch it falls into. On the CPU, where
+    the same seed gives the same numbers on every machine."""
+    return [torch.Generator("cpu").manual_seed(seed + i) for i in range(first, first + count)]
+
+
+def batches(items: Sequence[Any], batch_size: int) -> Iterator[tuple[int, Sequence[Any]]]:
+    """(index of the first item, items) of consecutive batches."""
+    for first in range(0, len(items), batch_size):
+        yield first, items[first : first + batch_size]
+
+
+def save_png(image: Image.Image, path: Path, parameters: dict[str, Any]) -> None:
+    """A PNG with its parameters as JSON in the text chunk "parameters"."""
+    info = PngInfo()
+    info.add_itxt("parameters", json.dumps(parameters, ensure_ascii=False))
+    image.save(path, pnginfo=info)
+
+
+def labelled_grid(rows: list[list[Image.Image]], labels: list[str], cell: int | None = None) -> Image.Image:
+    """One row of images for each label, the label at the left. Small images are enlarged to at least 64 pixels."""
+    size = rows[0][0].size[0]
+    cell = cell or size * max(1, -(-64 // size))
+    font = ImageFont.load_default(size=14)
+    longest = max((font.getlength(label[:60]) for label in labels), default=0)
+    margin = int(longest) + 12 if longest else 0
+    grid = Image.new("RGB", (margin + max(map(len, rows)) * (cell + 2), len(rows) * (cell + 2)), "white")
+    draw = ImageDraw.Draw(grid)
+    for y, (label, images) in enumerate(zip(labels, rows, strict=True)):
+        draw.text((6, y * (cell + 2) + cell / 2), label[:60], fill="black", font=font, anchor="lm")
+        for x, image in enumerate(images):
+            enlarged = image.resize(
+                (cell, cell), Image.Resampling.NEAREST if size < cell else Image.Resampling.LANCZOS
+            )
+            grid.paste(enlarged, (margin + x * (cell + 2), y * (cell + 2)))
+    return grid
