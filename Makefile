@@ -43,7 +43,8 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/python precompute_latents.py --config configs/demo_latents.yaml
 	$(VENV)/bin/python train_text_to_image_ldm.py --config configs/demo_ldm.yaml
 	$(VENV)/bin/python sample.py --model $(DEMO)/ldm --prompts_file $(DEMO)/data/prompts.txt \
-	  --num_images_per_prompt 20 --guidance_scale 7.5 --output_dir $(DEMO)/samples
+	  --num_images_per_prompt 20 --guidance_scale 7.5 --num_inference_steps 20 --batch_size 100 \
+	  --output_dir $(DEMO)/samples
 	$(VENV)/bin/python demo/judge_digits.py --data_dir $(DEMO)/data --samples_dir $(DEMO)/samples --output_dir $(DEMO)
 	@echo "the demo took $$(( $$(date +%s) - $$(cat $(DEMO)/.started) )) seconds: look at $(DEMO)/grid.png"
 	@rm $(DEMO)/.started

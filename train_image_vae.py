@@ -3,8 +3,8 @@
     python train_image_vae.py --train_data_dir photos --resolution 64 --vae_size small --output_dir runs/vae
     accelerate launch train_image_vae.py --config configs/demo_vae.yaml
 
-Leaves OUTPUT_DIR/vae in diffusers format, with the scaling and shift of its latents measured and stored in its config: give
-OUTPUT_DIR to precompute_latents.py as --pretrained_vae_model_name_or_path.
+Leaves OUTPUT_DIR/vae in diffusers format, with the scaling and shift of its latents measured and stored in its config:
+give OUTPUT_DIR to precompute_latents.py as --pretrained_vae_model_name_or_path.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from utils import checkpoints, run, vae_training
+    from utils import checkpoints, optimization, run, vae_training
     from utils.draws import SampleDraws
     from utils.ema import EMA
     from utils.image_stream import to_pixels
@@ -66,11 +66,11 @@ def main(args: argparse.Namespace) -> None:
 
     # Prepare
     autoencoder = TrainableVAE(vae)
-    optimizer = run.make_optimizer(args, autoencoder)
+    optimizer = optimization.make_optimizer(args, autoencoder)
     autoencoder, optimizer = accelerator.prepare(autoencoder, optimizer)
     model = accelerator.unwrap_model(autoencoder)
     ema = EMA(model, args.ema_decay) if args.use_ema else None
-    run_identity = run.identity_of(args, data_identity, accelerator)
+    run_identity = run.identity_of(args, model, data_identity, accelerator)
     first_step = checkpoints.resume(accelerator, output_dir, args.resume_from_checkpoint, ema, run_identity)
     if args.torch_compile:
         autoencoder = torch.compile(autoencoder)
@@ -84,10 +84,10 @@ def main(args: argparse.Namespace) -> None:
     # Loop
     autoencoder.train()
     for global_step in range(first_step, args.max_train_steps):
-        learning_rate = run.learning_rate_at(
+        learning_rate = optimization.learning_rate_at(
             global_step, args.learning_rate, args.lr_scheduler, args.lr_warmup_steps, args.max_train_steps
         )
-        run.set_learning_rate(optimizer, learning_rate)
+        optimization.set_learning_rate(optimizer, learning_rate)
         for _ in range(args.gradient_accumulation_steps):
             batch = run.to_device(next(batches), accelerator.device)
             draws = SampleDraws(args.seed, batch["positions"], accelerator.device)

@@ -1,10 +1,10 @@
 """Trains a text-to-image latent diffusion model from scratch.
 
-    accelerate launch train_text_to_image_ldm.py --latents_dir cache --output_dir runs/mine --model dit --model_size B/2
-    accelerate launch train_text_to_image_ldm.py --config configs/text_to_image_32gb.yaml --train_data_dir photos
+    accelerate launch train_text_to_image_ldm.py --latents_dir cache --output_dir runs/mine --model dit --model_size
+    B/2 accelerate launch train_text_to_image_ldm.py --config configs/text_to_image_32gb.yaml --train_data_dir photos
 
-From a latent cache (see precompute_latents.py), or from a dataset, whose cache is then made first. Leaves a run's folder that
-sample.py and diffusers load.
+From a latent cache (see precompute_latents.py), or from a dataset, whose cache is then made first. Leaves a run's
+folder that sample.py and diffusers load.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from utils import build, checkpoints, export, run, validation
+    from utils import build, checkpoints, export, optimization, run, validation
     from utils.conditions import encode_text
     from utils.draws import SampleDraws
     from utils.ema import EMA
@@ -62,16 +62,16 @@ def main(args: argparse.Namespace) -> None:
         null = encode_text(frozen.tokenizer, frozen.text_encoder, [""])
         denoiser.conditions.set_null(null["encoder_hidden_states"][0], int(null["num_tokens"][0]))
     if args.enable_xformers_memory_efficient_attention:
-        run.enable_xformers(denoiser.model, accelerator.device)
+        optimization.enable_xformers(denoiser.model, accelerator.device)
     if accelerator.is_main_process:
         export.save_frozen_parts(output_dir, denoiser, frozen)
 
     # Prepare
-    optimizer = run.make_optimizer(args, denoiser)
+    optimizer = optimization.make_optimizer(args, denoiser)
     denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
     model = accelerator.unwrap_model(denoiser)
     ema = EMA(model, args.ema_decay) if args.use_ema else None
-    run_identity = run.identity_of(args, cache.spec.identity(), accelerator)
+    run_identity = run.identity_of(args, model, cache.spec.identity(), accelerator)
     checkpoint = (
         checkpoints.find_checkpoint(output_dir, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
     )
@@ -88,10 +88,10 @@ def main(args: argparse.Namespace) -> None:
     # Loop
     denoiser.train()
     for global_step in range(first_step, args.max_train_steps):
-        learning_rate = run.learning_rate_at(
+        learning_rate = optimization.learning_rate_at(
             global_step, args.learning_rate, args.lr_scheduler, args.lr_warmup_steps, args.max_train_steps
         )
-        run.set_learning_rate(optimizer, learning_rate)
+        optimization.set_learning_rate(optimizer, learning_rate)
         for _ in range(args.gradient_accumulation_steps):
             batch = run.to_device(next(batches), accelerator.device)
             draws = SampleDraws(args.seed, batch["positions"], accelerator.device)

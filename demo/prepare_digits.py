@@ -77,9 +77,12 @@ def write_text_tower(output_dir: Path, seed: int) -> None:
     A pretrained tower would have to be downloaded. A random one still gives each caption an embedding of its own,
     which is all that fifty captions need; it knows nothing of what the words mean.
     """
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, where `utils` is
+
     import torch
-    from utils.clip_vocabulary import build_clip_tokenizer
     from transformers import CLIPTextConfig, CLIPTextModel
+
+    from utils.clip_vocabulary import build_clip_tokenizer
 
     tokenizer = build_clip_tokenizer()
     config = CLIPTextConfig(

@@ -26,7 +26,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     # modules
     1: ("models", "models.*", "conditions"),
     # data and artefacts
-    2: ("latent_cache", "cache_*", "codecs", "text_encoders", "clip_vocabulary", "data_*", "metrics_*"),
+    2: ("latent_cache", "cache_*", "codecs", "text_encoders", "clip_vocabulary", "image_*", "data_*", "metrics_*"),
     # run plumbing
     3: (
         "args",

@@ -48,7 +48,7 @@ def add_run_args(parser: ArgumentParser) -> None:
         "--resume_from_checkpoint",
         default=None,
         metavar="latest|PATH",
-        help="Go on from the newest complete checkpoint of --output_dir (a fresh start if there is none), or from a named one.",
+        help="Go on from the newest complete checkpoint of --output_dir (or start, if there is none) or a named one.",
     )
     group.add_argument("--report_to", default="tensorboard", help="Tracker: tensorboard, wandb, ..., all or none.")
     group.add_argument("--logging_steps", type=positive_int, default=50, help="Steps between values in the tracker.")
@@ -125,7 +125,7 @@ def add_cache_args(parser: ArgumentParser) -> None:
         "--latent_content",
         choices=["moments", "mean"],
         default=None,
-        help="Store the posterior's mean and std (a fresh sample each epoch; default where the VAE has one) or its mean.",
+        help="Store the posterior's mean and std (default, where the VAE has one) or its mean.",
     )
     group.add_argument("--encode_batch_size", type=positive_int, default=16, help="Images per VAE call.")
     group.add_argument(
@@ -238,8 +238,8 @@ def check_objective_args(args: Namespace) -> None:
             )
     if args.rescale_betas_zero_snr and args.prediction_type == "epsilon":
         raise UserError(
-            "--rescale_betas_zero_snr with --prediction_type epsilon: at zero SNR the input is the noise and nothing is "
-            "learnt; use v_prediction"
+            "--rescale_betas_zero_snr with --prediction_type epsilon: at zero SNR the input is all noise and nothing "
+            "is learnt; use v_prediction"
         )
     refuse_together(args, "rescale_betas_zero_snr", "noise_offset", "both correct the mean of images; use one")
     refuse_together(args, "rescale_betas_zero_snr", "input_perturbation", "the last timestep has no signal to perturb")

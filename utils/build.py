@@ -22,7 +22,9 @@ from utils.text_encoders import load_text_encoder
 
 
 def open_cache(args: Namespace, accelerator: Accelerator, output_dir: Path) -> LatentCache:
-    """The cache of `--latents_dir`, made first if dataset flags are given. Raises UserError if it is not the one asked for."""
+    """The cache of `--latents_dir`, made first if dataset flags are given. Raises UserError if it is not the one asked
+    for.
+    """
     if args.dataset_name or args.train_data_dir:
         cache_dir = Path(args.latents_dir or output_dir / "latents")
         build_latent_cache(args, accelerator, cache_dir)
@@ -59,7 +61,9 @@ def build_objective(args: Namespace) -> tuple[Objective, Any]:
 
 
 def build_denoiser(args: Namespace, cache: LatentCache, condition: str) -> ConditionalDenoiser:
-    """A new denoiser for the latents and the condition ("text", "class" or "none") of a cache, by `--model` and `--model_size`."""
+    """A new denoiser for the latents and the condition ("text", "class" or "none") of a cache, by `--model` and
+    `--model_size`.
+    """
     spec = cache.spec
     channels, height, width = spec.shape
     if height != width:
@@ -108,8 +112,8 @@ def unet_arguments(
     factor = 2 ** (len(UNET_PRESETS[size].block_out_channels) - 1)
     if sample_size % factor:
         raise UserError(
-            f"--model_size {size}: latents of {sample_size} x {sample_size} cannot be halved {factor.bit_length() - 1} times; use a multiple of "
-            f"{factor} (a larger --resolution) or a smaller size"
+            f"--model_size {size}: latents of {sample_size} x {sample_size} cannot be halved often "
+            f"enough: use a multiple of {factor} (a larger --resolution) or a smaller size"
         )
     return unet_config(size, sample_size, channels, text_dim, condition == "class")
 
@@ -166,12 +170,13 @@ def read_model_config(path: str | None, model_class: type, preset: dict[str, Any
         key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key[0] != "_"
     }
     values.pop("sample_size", None)  # that of the latents
-    known = inspect.signature(model_class.__init__).parameters
+    known = inspect.signature(model_class).parameters
     for key, value in values.items():
         if key not in known:
             raise UserError(f"--model_config {path}: {model_class.__name__} has no argument {key}")
         if key in DATA_ARGUMENTS and value != preset.get(key):
             raise UserError(
-                f"--model_config {path}: {key} is {value}, but the data and the condition need {preset.get(key)}; leave it out"
+                f"--model_config {path}: {key} is {value}, but the data and the condition need "
+                f"{preset.get(key)}; leave it out"
             )
     return values

@@ -1,11 +1,12 @@
 """Writing the latent cache so that it can be killed at any moment and started again, by any number of processes.
 
-The source is cut into chunks of consecutive rows; chunk k becomes shard k, whoever writes it. A shard is written to a temporary
-name, synced and renamed, and only then its manifest (`shard-00012.json`: counts, skipped rows, sums of latents, sha256) appears the
-same way: a shard with a manifest is done, one without is written again.
+The source is cut into chunks of consecutive rows; chunk k becomes shard k, whoever writes it. A shard is written to a
+temporary name, synced and renamed, and only then its manifest (`shard-00012.json`: counts, skipped rows, sums of
+latents, sha256) appears the same way: a shard with a manifest is done, one without is written again.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,9 @@ from utils.files import read_json, replace_durably, sha256_file, write_json, wri
 
 
 def caption_id(caption: str) -> int:
-    """A 63-bit id of a caption's content: every process gives the same caption the same id, with no need to ask the others."""
+    """A 63-bit id of a caption's content: every process gives the same caption the same id, with no need to ask the
+    others.
+    """
     return int.from_bytes(hashlib.sha256(caption.encode()).digest()[:8], "big") >> 1
 
 
@@ -54,7 +57,9 @@ def caption_features(content: str, length: int) -> datasets.Features:
 
 
 class ShardFolder:
-    """One table of the cache: a folder of numbered shards that opens with `datasets.load_from_disk` once `finish`ed."""
+    """One table of the cache: a folder of numbered shards that opens with `datasets.load_from_disk` once
+    `finish`ed.
+    """
 
     def __init__(self, folder: Path, features: datasets.Features):
         self.folder = folder
@@ -90,23 +95,23 @@ class ShardFolder:
         return pa.array(values, type=type_)
 
     def manifests(self) -> list[dict[str, Any]]:
-        """Manifests of all shards, in order. Raises UserError if one is missing."""
-        paths = sorted(self.folder.glob("shard-*.json"))
-        for index, path in enumerate(paths):
-            if path != self.manifest_path(index) or not self.arrow_path(index).is_file():
-                raise UserError(
-                    f"{self.folder}: shard {index} is missing; run precompute_latents.py again, it continues"
-                )
-        return [read_json(path) for path in paths]
+        """Manifests of the shards that are done, in order."""
+        return [read_json(path) for path in sorted(self.folder.glob("shard-*.json"))]
 
-    def finish(self) -> None:
-        """Lists the shards in the files by which `datasets` knows a dataset. Empty shards are left out."""
+    def finish(self) -> list[dict[str, Any]]:
+        """Lists the shards in the files by which `datasets` knows a dataset, and returns their manifests.
+
+        Empty shards are left out of the list. Raises UserError if a shard is missing.
+        """
         manifests = self.manifests()
+        for index in range(len(manifests)):
+            if not self.is_done(index):
+                raise UserError(f"{self.folder}: shard {index} is missing; run the same command again, it continues")
         files = [self.arrow_path(i).name for i, manifest in enumerate(manifests) if manifest["num_rows"]]
         for stray in self.folder.glob(".tmp-*"):  # left by a killed process
             stray.unlink()
         datasets.DatasetInfo(features=self.features).write_to_directory(str(self.folder))
-        state = {
+        state: dict[str, Any] = {
             "_data_files": [{"filename": name} for name in files],
             "_fingerprint": hashlib.sha256("".join(m["sha256"] for m in manifests).encode()).hexdigest()[:16],
             "_format_columns": None,
@@ -116,6 +121,7 @@ class ShardFolder:
             "_split": None,
         }
         write_json(self.folder / "state.json", state)
+        return manifests
 
     def read_columns(self, names: list[str]) -> Iterator[pa.Table]:
         """The named columns, shard by shard, in order."""
@@ -130,7 +136,7 @@ class ChannelSums:
     def __init__(self, channels: int):
         self.count, self.total, self.squares = 0, np.zeros(channels), np.zeros(channels)
 
-    def add(self, mean: np.ndarray, std: np.ndarray | None) -> None:
+    def add(self, mean: np.ndarray, std: np.ndarray | None = None) -> None:
         """Adds latents (B, C, ...): their posterior means and, where there is a posterior, its stds."""
         axes = (0, *range(2, mean.ndim))
         mean = mean.astype(np.float64)
@@ -164,6 +170,4 @@ def distinct_captions(latents: ShardFolder) -> dict[int, str]:
 
 def write_skipped(path: Path, skipped: list[dict[str, Any]]) -> None:
     """skipped.jsonl: one line for each image that could not be used."""
-    import json
-
     write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped))

@@ -1,8 +1,8 @@
 """Checkpoints that are complete or absent.
 
-Every process writes into `.tmp-checkpoint-STEP`; files are synced and listed with their sha256 in a manifest; the folder is
-renamed to `checkpoint-STEP` and its parent synced; only then old ones go, and at least two stay. Loading verifies the
-manifest: a process killed at any moment, or a disk that lost a page, costs steps and never the run.
+Every process writes into `.tmp-checkpoint-STEP`; files are synced and listed with their sha256 in a manifest; the
+folder is renamed to `checkpoint-STEP` and its parent synced; only then old ones go, and at least two stay. Loading
+verifies the manifest: a process killed at any moment, or a disk that lost a page, costs steps and never the run.
 """
 
 import logging
@@ -129,8 +129,8 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, ema: EMA | None,
     for key, value in identity.items():
         if manifest["identity"].get(key) != value:
             raise UserError(
-                f"--resume_from_checkpoint: {checkpoint} was trained with {key} = {manifest['identity'].get(key)}, this run has {value}; "
-                "give the same flags as then, or another --output_dir"
+                f"--resume_from_checkpoint: {checkpoint} was trained with {key} = {manifest['identity'].get(key)}, this "
+                f"run has {value}; give the same flags as then, or another --output_dir"
             )
     accelerator.load_state(str(checkpoint))
     if ema is not None:
@@ -145,7 +145,9 @@ def resume(
     ema: EMA | None,
     identity: dict[str, Any],
 ) -> int:
-    """Loads the checkpoint that `--resume_from_checkpoint` names, if any; returns the number of optimizer steps done."""
+    """Loads the checkpoint that `--resume_from_checkpoint` names, if any; returns the number of optimizer steps
+    done.
+    """
     if not resume_from_checkpoint:
         return 0
     checkpoint = find_checkpoint(output_dir, resume_from_checkpoint)

@@ -1,7 +1,6 @@
 """Codecs: frozen autoencoders of diffusers between images and latents, and the one place that normalises latents."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,17 +12,21 @@ from torch import Tensor, nn
 from utils.errors import UserError
 
 
-def component_path(name_or_path: str, component: str) -> tuple[str, str | None]:
-    """(path or hub name, subfolder): a folder of a whole pipeline or run is searched for its `component` subfolder."""
+def component_path(name_or_path: str, component: str) -> str:
+    """The `component` subfolder of a whole pipeline's or run's folder; a hub name, or a folder without one, as it
+    is.
+    """
     folder = Path(name_or_path)
     if (folder / component).is_dir():
-        return str(folder / component), None
-    return name_or_path, None
+        return str(folder / component)
+    return name_or_path
 
 
 def load_component(load, name_or_path: str, component: str, flag: str):
-    """Calls `load(path)` of a library for a hub name or folder; whatever it finds wrong becomes one line that names `flag`."""
-    path, _ = component_path(name_or_path, component)
+    """Calls `load(path)` of a library for a hub name or folder; whatever it finds wrong becomes one line that names
+    `flag`.
+    """
+    path = component_path(name_or_path, component)
     looks_local = (
         Path(name_or_path).is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
     )
@@ -39,12 +42,14 @@ def load_component(load, name_or_path: str, component: str, flag: str):
 
 
 def load_vae(name_or_path: str) -> ModelMixin:
-    """Any autoencoder of diffusers by hub name or folder (itself, or with a `vae/` inside), in evaluation mode, fp32."""
+    """Any autoencoder of diffusers by hub name or folder (itself, or with a `vae/` inside), in evaluation mode,
+    fp32.
+    """
     vae = load_component(AutoModel.from_pretrained, name_or_path, "vae", "--pretrained_vae_model_name_or_path")
     if not hasattr(vae, "encode") or not hasattr(vae, "decode"):
         raise UserError(
-            f"--pretrained_vae_model_name_or_path: {name_or_path} holds a {type(vae).__name__}, which has no encode and "
-            "decode; give an autoencoder such as stabilityai/sd-vae-ft-mse"
+            f"--pretrained_vae_model_name_or_path: {name_or_path} holds a {type(vae).__name__}, which has no encode "
+            "and decode; give an autoencoder such as stabilityai/sd-vae-ft-mse"
         )
     return vae.float().eval().requires_grad_(False)
 
@@ -104,9 +109,8 @@ class Normalisation:
 
     def _broadcast(self, like: Tensor) -> tuple[Tensor, Tensor]:
         shape = (1, -1) + (1,) * (like.ndim - 2)
-        return tuple(
-            torch.tensor(v, device=like.device, dtype=torch.float32).view(shape) for v in (self.mean, self.std)
-        )
+        mean, std = (torch.tensor(v, device=like.device, dtype=torch.float32) for v in (self.mean, self.std))
+        return mean.view(shape), std.view(shape)
 
     def normalise(self, raw_latents: Tensor) -> Tensor:
         """Raw latents (B, C, ...) -> what the denoiser sees."""
@@ -127,8 +131,8 @@ class Normalisation:
 def fold_normalisation(vae: AutoencoderKL, normalisation: Normalisation) -> AutoencoderKL:
     """Moves a normalisation into the 1x1 convolutions at the VAE's latents, in place, and returns it with scaling 1.
 
-    Afterwards the VAE encodes to and decodes from normalised latents. StableDiffusionPipeline knows one scaling factor and no
-    shift; a VAE folded like this needs neither, so a run with any normalisation loads there.
+    Afterwards the VAE encodes to and decodes from normalised latents. StableDiffusionPipeline knows one scaling factor
+    and no shift; a VAE folded like this needs neither, so a run with any normalisation loads there.
     """
     mean, std = (torch.tensor(v, device=vae.device, dtype=vae.dtype) for v in (normalisation.mean, normalisation.std))
     channels = len(mean)
@@ -150,8 +154,3 @@ def is_foldable(vae: ModelMixin) -> bool:
 def describe(model: nn.Module, name_or_path: str) -> dict:
     """What identifies a frozen model in a cache's fingerprint: its class and weights; the name is for the reader."""
     return {"name": name_or_path, "class": type(model).__name__, "sha256": weights_hash(model)}
-
-
-def config_of(model: ModelMixin) -> dict:
-    """A diffusers model's config as plain JSON values."""
-    return json.loads(json.dumps({k: v for k, v in model.config.items() if not k.startswith("_")}, default=list))

@@ -1,8 +1,8 @@
 """Conditions: what a denoiser is told beside the noisy latents, and the null it is told instead when that is dropped.
 
-Every condition reaches a denoiser through one of the two channels of `Conditioning`. An encoder maps a batch's values and a
-drop mask to it, and owns its null embedding, so that training and sampling cannot disagree about what "unconditional" means.
-This file is copied into exported runs: it imports torch and diffusers only.
+Every condition reaches a denoiser through one of the two channels of `Conditioning`. An encoder maps a batch's values
+and a drop mask to it, and owns its null embedding, so that training and sampling cannot disagree about what
+"unconditional" means. This file is copied into exported runs: it imports torch and diffusers only.
 """
 
 from typing import NamedTuple
@@ -78,7 +78,9 @@ CONDITIONS: dict[str, type[ModelMixin]] = {"none": NoCondition, "class": ClassCo
 
 
 def tokenize(tokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
-    """Captions -> token ids (B, S) padded or cut to the tokenizer's `model_max_length`, and counts of real tokens (B,)."""
+    """Captions -> token ids (B, S) padded or cut to the tokenizer's `model_max_length`, and counts of real tokens
+    (B,).
+    """
     length = tokenizer.model_max_length
     tokens = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return tokens.input_ids, tokens.attention_mask.sum(dim=1)
@@ -86,7 +88,9 @@ def tokenize(tokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def encode_text(tokenizer, text_encoder, captions: list[str]) -> dict[str, Tensor]:
-    """The values that `TextCondition` takes, of the last layer after its final norm: what StableDiffusionPipeline uses."""
+    """The values that `TextCondition` takes, of the last layer after its final norm: what StableDiffusionPipeline
+    uses.
+    """
     input_ids, num_tokens = tokenize(tokenizer, captions)
     device = text_encoder.device
     hidden_states = text_encoder(input_ids.to(device))[0]  # (B, S, D)

@@ -1,9 +1,9 @@
 """Random numbers that belong to a sample, and not to a process, a batch or a moment in time.
 
-Training reads an endless stream of samples, and each has a position in it: 0, 1, 2, ... Every random number of training
-(noise, timestep, condition dropout, flip, caption, posterior sample) is a pure function of (seed, name, position). So
-there is no generator state to save; a resumed run draws what the killed one would have drawn; and the numbers are the same
-however the stream is cut into micro-batches and processes.
+Training reads an endless stream of samples, and each has a position in it: 0, 1, 2, ... Every random number of
+training (noise, timestep, condition dropout, flip, caption, posterior sample) is a pure function of (seed, name,
+position). So there is no generator state to save; a resumed run draws what the killed one would have drawn; and the
+numbers are the same however the stream is cut into micro-batches and processes.
 """
 
 import zlib
@@ -61,8 +61,9 @@ class SampleDraws:
 
 
 class StreamOrder:
-    """Which row stands where in the endless stream: position p is the (p mod N)-th row of a permutation that is drawn anew
-    for each epoch p // N."""
+    """Which row stands where in the endless stream: position p is the (p mod N)-th row of a permutation that is drawn
+    anew for each epoch p // N.
+    """
 
     def __init__(self, seed: int, num_rows: int):
         self.seed = seed
@@ -88,8 +89,8 @@ class StreamOrder:
 class PositionBatches(torch.utils.data.Sampler):
     """Positions of this process's micro-batches, for ever, from `first_step` on.
 
-    The samples of one optimizer step are contiguous, so N processes or N accumulated micro-batches see the same ones as one
-    batch N times as large.
+    The samples of one optimizer step are contiguous, so N processes or N accumulated micro-batches see the same ones
+    as one batch N times as large.
     """
 
     def __init__(self, batch_size: int, micro_steps: int, first_step: int, process_index: int, num_processes: int):

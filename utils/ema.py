@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class EMA:
     """Shadow weights: shadow += (1 - decay) * (weights - shadow) after every optimizer step.
 
-    The decay warms up as min(decay, (1 + step) / (10 + step)), so that the average forgets the random start. Buffers are copied,
-    not averaged. The shadow is fp32 whatever the model is: an average kept in bf16 would never move.
+    The decay warms up as min(decay, (1 + step) / (10 + step)), so that the average forgets the random start. Buffers
+    are copied, not averaged. The shadow is fp32 whatever the model is: an average kept in bf16 would never move.
     """
 
     def __init__(self, model: nn.Module, decay: float):

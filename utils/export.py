@@ -1,7 +1,8 @@
 """A run's folder in diffusers format: what is written when training starts and ends, and how it is loaded again.
 
-The frozen parts (VAE, text encoder, tokenizer, scheduler) and the configs of the trained ones are written first, so that any checkpoint
-can be sampled; weights and `model_index.json` come at the end. Text-to-image U-Nets become a stock StableDiffusionPipeline.
+The frozen parts (VAE, text encoder, tokenizer, scheduler) and the configs of the trained ones are written first, so
+that any checkpoint can be sampled; weights and `model_index.json` come at the end. Text-to-image U-Nets become a stock
+StableDiffusionPipeline.
 """
 
 import shutil
@@ -52,11 +53,10 @@ def load_frozen_parts(spec: LatentSpec, normalisation: Normalisation, scheduler:
     """Loads the models that made a cache, and checks that their weights still are the ones that made it."""
     vae = codecs.load_vae(spec.vae)
     check_weights(vae, spec.vae, spec.fingerprint["vae"]["sha256"])
-    if not normalisation.is_plain_scaling() and codecs.is_foldable(vae):
+    of_vae = Normalisation.of_vae(vae.config, spec.shape[0])
+    if codecs.is_foldable(vae) and not (normalisation == of_vae and of_vae.is_plain_scaling()):
         vae = codecs.fold_normalisation(vae, normalisation)
         normalisation = Normalisation.of_vae(vae.config, spec.shape[0])
-    elif normalisation.is_plain_scaling() and not normalisation == Normalisation.of_vae(vae.config, spec.shape[0]):
-        vae.register_to_config(scaling_factor=1 / normalisation.std[0])
     tokenizer = text_encoder = None
     if spec.text_encoder:
         source = spec.text_encoder
@@ -151,8 +151,10 @@ def export_run(output_dir: Path, denoiser: ConditionalDenoiser, parts: FrozenPar
 
 
 def load_run(path: str | Path) -> LatentDiffusionPipeline:
-    """The pipeline of a finished run, of a run that is not finished (its newest checkpoint), or of a checkpoint. EMA weights, where
-    the run kept an average. Executes no code from the folder. Raises UserError for a folder that is no run."""
+    """The pipeline of a finished run, of a run that is not finished (its newest checkpoint), or of a checkpoint. EMA
+    weights, where the run kept an average. Executes no code from the folder. Raises UserError for a folder that is no
+    run.
+    """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"--model: {path} does not exist; give a run's folder or one of its checkpoints")
@@ -219,9 +221,10 @@ tags: [diffusion, latent-diffusion, trained-from-scratch]
 ---
 # A {kind} latent diffusion model
 
-Trained from scratch on {name} ({spec.num_rows} images at {spec.fingerprint["resolution"]} pixels), {args.max_train_steps} steps of
-{args.train_batch_size} samples per process, prediction type `{args.prediction_type}`, latents of `{spec.vae}`. The weights are
-{"the exponential moving average" if args.use_ema else "the last ones"}; `args.yaml` repeats the run.
+Trained from scratch on {name} ({spec.num_rows} images at {spec.fingerprint["resolution"]} pixels) for
+{args.max_train_steps} steps of {args.train_batch_size} samples per process, prediction type `{args.prediction_type}`,
+in the latents of `{spec.vae}`. The weights are {"their moving average" if args.use_ema else "the last ones"};
+`args.yaml` repeats the run.
 
     python sample.py --model THIS_FOLDER --guidance_scale 7.5
 """

@@ -14,8 +14,8 @@ def guided_prediction(
 ) -> Tensor:
     """The prediction (B, ...) extrapolated from the unconditional branch: null + scale * (conditional - null).
 
-    `predict` takes latents and timesteps of 2 B samples, the conditional ones first, and runs both branches in one batch. At
-    `guidance_scale` 1 guidance is off, and `predict` is called with the B conditional samples only.
+    `predict` takes latents and timesteps of 2 B samples, the conditional ones first, and runs both branches in one
+    batch. At `guidance_scale` 1 guidance is off, and `predict` is called with the B conditional samples only.
     """
     if guidance_scale == 1:
         return predict(noisy_latents, timestep.expand(len(noisy_latents)))

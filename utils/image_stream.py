@@ -13,8 +13,8 @@ from utils.draws import StreamOrder, uniform_draws
 class ImageStream(torch.utils.data.Dataset):
     """Position in the stream -> image, a pure function of (seed, position): order, crop and flip are keyed by it.
 
-    `dataset` is map-style with an undecoded image column. An unreadable image is replaced by the next readable one; after
-    `max_bad_in_a_row` of them in a row BadImage is raised.
+    `dataset` is map-style with an undecoded image column. An unreadable image is replaced by the next readable one;
+    after `max_bad_in_a_row` of them in a row BadImage is raised.
     """
 
     max_bad_in_a_row = 100

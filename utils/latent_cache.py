@@ -5,10 +5,11 @@
     CACHE/captions/           one row a distinct caption: text-encoder states or token ids
     CACHE/skipped.jsonl       the images that could not be read, and why
 
-Both folders open with `datasets.load_from_disk`. Raw latents are stored and normalised when read. `utils/cache_writer.py` writes it.
+Both folders open with `datasets.load_from_disk`. Raw latents are stored and normalised when read.
+`utils/cache_writer.py` writes it.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ SPEC_VERSION = 1
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """What a latent cache holds. `fingerprint` is all that decides its content; two caches with equal ones are equal."""
+    """What a latent cache holds. `fingerprint` is all that decides its content; two caches with equal ones are
+    equal.
+    """
 
     kind: str  # "image"
     shape: tuple[int, ...]  # of one latent, (C, H, W)
@@ -64,23 +67,27 @@ class LatentSpec:
         values["shape"] = tuple(values["shape"])
         return cls(**values)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for `latent_spec.json`."""
-        return asdict(self)
-
     def identity(self) -> str:
         """One hash of the fingerprint, for checkpoints to remember."""
         return sha256_json(self.fingerprint)
 
 
 def check_fingerprint(found: dict[str, Any], asked: dict[str, Any], cache_dir: str | Path) -> None:
-    """Raises UserError, with both sides, unless the cache was made with everything in `asked` (a part or all of it)."""
+    """Raises UserError, with both sides, unless the cache was made with everything in `asked` (a part or all of
+    it).
+    """
     for key, wanted in asked.items():
-        if found.get(key) != wanted:
+        if comparable(found.get(key)) != comparable(wanted):
             raise UserError(
-                f"--latents_dir: the latent cache {cache_dir} was made with {key} = {summary(found.get(key))}, and this run asks for "
-                f"{key} = {summary(wanted)}; change the flag back or give another --latents_dir"
+                f"--latents_dir: the latent cache {cache_dir} was made with {key} = {summary(found.get(key))}, and "
+                f"this run asks for {key} = {summary(wanted)}; change the flag back or give another --latents_dir"
             )
+
+
+def comparable(value: Any) -> Any:
+    """A fingerprint's entry without the name of a model: the same weights under another path are the same model."""
+    is_model = isinstance(value, dict) and value.keys() == {"name", "class", "sha256"}
+    return (value["class"], value["sha256"]) if is_model else value
 
 
 def summary(value: Any) -> str:
@@ -92,7 +99,9 @@ def summary(value: Any) -> str:
 
 
 def column_views(table: datasets.Dataset, column: str) -> list[np.ndarray]:
-    """A column of fixed-size lists as arrays (rows, n), one for each record batch, straight on the memory-mapped file."""
+    """A column of fixed-size lists as arrays (rows, n), one for each record batch, straight on the memory-mapped
+    file.
+    """
     return [chunk.flatten().to_numpy().reshape(len(chunk), -1) for chunk in table.data.column(column).chunks]
 
 
@@ -135,6 +144,7 @@ class LatentCache:
             self._open_captions(table, Path(cache_dir) / "captions")
 
     def _open_captions(self, table: datasets.Dataset, folder: Path) -> None:
+        assert self.spec.captions is not None
         ids = table.data.column("caption_id").combine_chunks()
         captions = datasets.load_from_disk(str(folder))
         known = captions.data.column("caption_id").to_numpy()
@@ -153,7 +163,9 @@ class LatentCache:
     def gather(
         self, rows: np.ndarray, flip: np.ndarray | None = None, caption_draw: np.ndarray | None = None
     ) -> dict[str, Tensor]:
-        """A batch of rows (B,). `flip` (B,) bool takes mirrored encodes; `caption_draw` (B,) in [0, 1) picks a caption of each."""
+        """A batch of rows (B,). `flip` (B,) bool takes mirrored encodes; `caption_draw` (B,) in [0, 1) picks a caption
+        of each.
+        """
         if flip is None or not self.spec.flips:
             moments = self.latents[0](rows)  # (B, planes, C, H, W)
         else:
@@ -172,7 +184,9 @@ class LatentCache:
         return batch
 
     def null_caption(self) -> tuple[Tensor, int]:
-        """What is stored for the empty caption, (S, D) states or (S,) token ids, and its count of real tokens. Always row 0."""
+        """What is stored for the empty caption, (S, D) states or (S,) token ids, and its count of real tokens. Always
+        row 0.
+        """
         return self.caption_states(np.array([0]))[0], int(self.num_tokens[0])
 
     def normalise(self, batch: dict[str, Tensor], draws: SampleDraws) -> Tensor:

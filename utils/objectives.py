@@ -1,12 +1,14 @@
 """What a denoiser learns: the forward process, the regression target and the weight of the loss.
 
 Two families share one interface (`sample_timesteps`, `sample_noise`, `add_noise`, `target`, `loss_weight`, `to_x0`,
-`loss`): DDPM (Ho et al. 2020, arXiv 2006.11239) with its three parameterisations, and rectified flow (Liu et al. 2022, arXiv
-2209.03003; Esser et al. 2024, arXiv 2403.03206). Both are built from a diffusers scheduler, the one that is saved with
-the model, so that sampling cannot disagree with training. `timesteps` are what the model is told: (B,) in [0, 1000].
+`loss`): DDPM (Ho et al. 2020, arXiv 2006.11239) with its three parameterisations, and rectified flow (Liu et al. 2022,
+arXiv 2209.03003; Esser et al. 2024, arXiv 2403.03206). Both are built from a diffusers scheduler, the one that is
+saved with the model, so that sampling cannot disagree with training. `timesteps` are what the model is told: (B,) in
+[0, 1000].
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -26,7 +28,9 @@ MIN_LOSS_WEIGHT = 1e-3
 
 
 class Objective(ABC):
-    """What both families share. `noise_offset` and `input_perturbation` are 0 = off, and refused where they mean nothing."""
+    """What both families share. `noise_offset` and `input_perturbation` are 0 = off, and refused where they mean
+    nothing.
+    """
 
     noise_offset = 0.0
     input_perturbation = 0.0
@@ -36,7 +40,9 @@ class Objective(ABC):
         """Uniform numbers (B,) in [0, 1) -> timesteps (B,), by the inverse of the timestep density's distribution."""
 
     def sample_noise(self, latents: Tensor, draws: SampleDraws) -> Tensor:
-        """Noise like `latents` (B, C, ...). The offset, one number a channel, belongs to the noise and so to the target."""
+        """Noise like `latents` (B, C, ...). The offset, one number a channel, belongs to the noise and so to the
+        target.
+        """
         noise = draws.normal("noise", latents.shape)
         if self.noise_offset:
             offset = draws.normal("noise_offset", latents.shape[:2])
@@ -44,7 +50,9 @@ class Objective(ABC):
         return noise
 
     def perturb(self, noise: Tensor, draws: SampleDraws) -> Tensor:
-        """The noise that the model's input gets; the target keeps the unperturbed one (arXiv 2301.11706, algorithm 1)."""
+        """The noise that the model's input gets; the target keeps the unperturbed one (arXiv 2301.11706, algorithm
+        1).
+        """
         if not self.input_perturbation:
             return noise
         return noise + self.input_perturbation * draws.normal("input_perturbation", noise.shape)
@@ -133,7 +141,9 @@ class DDPMObjective(Objective):
 
 
 class FlowObjective(Objective):
-    """Rectified flow: straight paths (1 - sigma) x0 + sigma noise, the velocity noise - x0 as target, sigma = t / 1000."""
+    """Rectified flow: straight paths (1 - sigma) x0 + sigma noise, the velocity noise - x0 as target, sigma = t /
+    1000.
+    """
 
     prediction_type = "flow"
 
@@ -171,7 +181,7 @@ class FlowObjective(Objective):
         return noisy_latents - sigma * model_pred
 
 
-OBJECTIVES: dict[str, type[Objective]] = {
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "epsilon": DDPMObjective,
     "v_prediction": DDPMObjective,
     "sample": DDPMObjective,
@@ -188,8 +198,8 @@ def training_scheduler(
     """The scheduler whose config is saved with the model and from which objective and samplers are built.
 
     DDPM's betas are Stable Diffusion's (0.00085 to 0.012) unless `beta_schedule` is "squaredcos_cap_v2"; samples are
-    never clipped, for latents have no bounds; and spacing is "trailing", so that few-step samplers start at the last timestep (arXiv
-    2305.08891, section 3.3).
+    never clipped, for latents have no bounds; and spacing is "trailing", so that few-step samplers start at the last
+    timestep (arXiv 2305.08891, section 3.3).
     """
     if prediction_type == "flow":
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=flow_shift)

@@ -1,4 +1,6 @@
-"""Parsing: the types of flags, the YAML file that can fill them, and how a script reports bad input. Imports no torch."""
+"""Parsing: the types of flags, the YAML file that can fill them, and how a script reports bad input. Imports no
+torch.
+"""
 
 import argparse
 import logging

@@ -1,7 +1,9 @@
-"""The diffusers pipeline of every model that StableDiffusionPipeline cannot run: class-conditional, unconditional, DiT, flow.
+"""The diffusers pipeline of every model that StableDiffusionPipeline cannot run: class-conditional, unconditional,
+DiT, flow.
 
 This file is copied into exported runs with the files it imports, so that `DiffusionPipeline.from_pretrained(run,
-custom_pipeline=run, trust_remote_code=True)` works where this repository is not installed. It imports torch and diffusers only.
+custom_pipeline=run, trust_remote_code=True)` works where this repository is not installed. It imports torch and
+diffusers only.
 """
 
 import inspect
@@ -19,8 +21,8 @@ from .guidance import guided_prediction
 class LatentDiffusionPipeline(DiffusionPipeline):
     """Samples images from text prompts, class labels or nothing, whichever the run was trained on.
 
-    `unet` (UNet2DConditionModel) or `transformer` (DiT) is the denoiser. `latents_mean` and `latents_std` are per-channel
-    lists: the VAE decodes latents * std + mean; by default the VAE's scaling says both.
+    `unet` (UNet2DConditionModel) or `transformer` (DiT) is the denoiser. `latents_mean` and `latents_std` are
+    per-channel lists: the VAE decodes latents * std + mean; by default the VAE's scaling says both.
     """
 
     _optional_components = ("unet", "transformer", "text_encoder", "tokenizer")
@@ -62,10 +64,11 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def encode_condition(
         self, prompt, class_labels, negative_prompt, num_images: int
     ) -> tuple[dict[str, Tensor], int]:
-        """The condition's values for the conditional branch followed by the unconditional one, and the number of images.
+        """The condition's values for the conditional branch followed by the unconditional one, and the number of
+        images.
 
-        A negative prompt stands in the place of the null; without one the null branch only repeats the values, for the drop mask to hide.
-        Raises ValueError where the run was trained on another condition.
+        A negative prompt stands in the place of the null; without one the null branch only repeats the values, for the
+        drop mask to hide. Raises ValueError where the run was trained on another condition.
         """
         kind = type(self.conditions).__name__
         if prompt is not None and kind != "TextCondition":
@@ -121,10 +124,11 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ):
-        """Images for `prompt` or `class_labels`, `num_images_per_prompt` of each (or that many in all, unconditionally).
+        """Images for `prompt` or `class_labels`, `num_images_per_prompt` of each (or that many in all,
+        unconditionally).
 
-        `guidance_scale` 1 is off. `output_type`: "pil", "np", "pt" (B, 3, H, W) in [0, 1], or "latent". With a list of generators, one
-        an image, an image does not depend on the batch it was made in.
+        `guidance_scale` 1 is off. `output_type`: "pil", "np", "pt" (B, 3, H, W) in [0, 1], or "latent". With a list of
+        generators, one an image, an image does not depend on the batch it was made in.
         """
         values, count = self.encode_condition(prompt, class_labels, negative_prompt, num_images_per_prompt)
         if not values:

@@ -1,4 +1,6 @@
-"""What `sample.py` was asked for: prompts, labels or nothing, checked against the run and written beside the images."""
+"""What `sample.py` was asked for: prompts, labels or nothing, checked against the run and written beside the
+images.
+"""
 
 import json
 from pathlib import Path
@@ -49,8 +51,8 @@ def requested_images(
 ) -> list[dict[str, Any]]:
     """One dict of pipeline arguments for each prompt or label; of an unconditional run a single empty one.
 
-    Without any, a text-to-image run takes its validation prompts, a class-conditional one every class. Raises UserError for
-    what the run was not trained on.
+    Without any, a text-to-image run takes its validation prompts, a class-conditional one every class. Raises
+    UserError for what the run was not trained on.
     """
     kind = type(pipeline.conditions).__name__
     if kind != "TextCondition" and (prompts or negative_prompt is not None):

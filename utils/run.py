@@ -1,9 +1,9 @@
-"""Setting a training run up and keeping its books: accelerator, folder, optimizer, learning rate, logged values."""
+"""Setting a training run up and keeping its books: accelerator, folder, batches, logged values."""
 
 import logging
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -32,10 +32,8 @@ def make_accelerator(args: Namespace, output_dir: Path | None = None) -> Acceler
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=None if output_dir is None or args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(
-            project_dir=str(output_dir or "."), logging_dir=str(output_dir and output_dir / "logs")
-        ),
-        # Accelerate would otherwise also sync at the end of an epoch: a short last window counts as a whole step.
+        project_config=ProjectConfiguration(project_dir=str(output_dir or "."), logging_dir=str(output_dir or ".")),
+        # Accelerate would otherwise also sync at the end of an epoch: a short last window would count as a whole step.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=getattr(args, "gradient_accumulation_steps", 1), sync_with_dataloader=False
         ),
@@ -43,31 +41,30 @@ def make_accelerator(args: Namespace, output_dir: Path | None = None) -> Acceler
     )
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for chatty in ("httpx", "accelerate"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     for library in (datasets, diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     if getattr(args, "allow_tf32", False):
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
-    set_seed(args.seed)  # for new weights: the same on every process; all else is drawn by position in the stream
+    set_seed(args.seed)  # new weights are the same on every process; all else is drawn by position in the stream
     return accelerator
 
 
 def claim_output_dir(args: Namespace, output_dir: Path, accelerator: Accelerator) -> None:
-    """Writes `args.yaml` into the run's folder. Raises UserError if the folder holds something that would be mixed up with it."""
-    contents = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set()
+    """Writes `args.yaml` into the run's folder. Raises UserError for a folder that is taken."""
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir: {output_dir} is a file; give a folder")
-    if contents - {"latents"} and not args.resume_from_checkpoint:
-        what = "another run" if "args.yaml" in contents else "other files"
+    contents = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set()
+    contents -= {"latents"}  # the cache that a run makes for itself, perhaps before it was killed
+    if contents and "args.yaml" not in contents:
+        raise UserError(f"--output_dir: {output_dir} is not empty and holds no run; give another folder")
+    if contents and not args.resume_from_checkpoint:
         raise UserError(
-            f"--output_dir: {output_dir} is not empty (it holds {what}); add --resume_from_checkpoint latest to go on with that run, or "
-            "give another folder"
-        )
-    if contents - {"latents"} and "args.yaml" not in contents:
-        raise UserError(
-            f"--output_dir: {output_dir} is not empty and holds no run (no args.yaml); give another folder"
+            f"--output_dir: {output_dir} holds a run already; add --resume_from_checkpoint latest to go on with it, "
+            "or give another folder"
         )
     accelerator.wait_for_everyone()  # all have looked before one writes
     if accelerator.is_main_process:
@@ -81,20 +78,30 @@ def samples_per_step(args: Namespace, accelerator: Accelerator) -> int:
     return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
 
-def identity_of(args: Namespace, data_identity: str, accelerator: Accelerator) -> dict[str, Any]:
+def millions_of_parameters(model: nn.Module) -> float:
+    """Trainable parameters of a model, in millions."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) / 1e6
+
+
+IDENTITY_FLAGS = (
+    "model",
+    "model_size",
+    "vae_size",
+    "prediction_type",
+    "beta_schedule",
+    "rescale_betas_zero_snr",
+    "flow_shift",
+    "latent_normalisation",
+    "use_ema",
+    "use_8bit_adam",
+    "seed",
+)
+
+
+def identity_of(args: Namespace, model: nn.Module, data_identity: str, accelerator: Accelerator) -> dict[str, Any]:
     """What must not change between a checkpoint and the run that goes on from it; everything else may."""
-    names = (
-        "model",
-        "model_size",
-        "prediction_type",
-        "beta_schedule",
-        "rescale_betas_zero_snr",
-        "flow_shift",
-        "use_ema",
-        "seed",
-    )
-    names += ("latent_normalisation", "use_8bit_adam")
-    same = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    same = {name: getattr(args, name) for name in IDENTITY_FLAGS if hasattr(args, name)}
+    same["parameters"] = f"{millions_of_parameters(model):.6f}M"
     return same | {"data": data_identity, "samples per step": samples_per_step(args, accelerator)}
 
 
@@ -102,95 +109,27 @@ def announce(args: Namespace, accelerator: Accelerator, model: nn.Module, num_ro
     """Starts the trackers and says, once, what is about to be trained."""
     if accelerator.log_with:
         accelerator.init_trackers("logs")
-    millions = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) / 1e6
-    epochs = args.max_train_steps * samples_per_step(args, accelerator) / num_rows
+    per_step = samples_per_step(args, accelerator)
+    logger.info("%.1fM parameters, %d samples in the data", millions_of_parameters(model), num_rows)
     logger.info(
-        "training %.1fM parameters on %d samples: steps %d to %d, %d samples a step (%d process%s x %d x %d accumulated), %.1f epochs, precision %s",
-        millions,
-        num_rows,
+        "steps %d to %d of %d samples (%d process(es) x %d x %d accumulated): %.1f epochs, on %s, precision %s",
         first_step,
         args.max_train_steps,
-        samples_per_step(args, accelerator),
+        per_step,
         accelerator.num_processes,
-        "" if accelerator.num_processes == 1 else "es",
         args.train_batch_size,
         args.gradient_accumulation_steps,
-        epochs,
+        args.max_train_steps * per_step / num_rows,
+        accelerator.device,
         accelerator.mixed_precision,
     )
 
 
-# Shares of the peak learning rate after the warm-up, by the share of the training that is done.
-LR_SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda done: 1.0,
-    "linear": lambda done: 1.0 - done,
-    "cosine": lambda done: 0.5 * (1.0 + float(torch.cos(torch.tensor(done * torch.pi, dtype=torch.float64)))),
-    "constant_with_decay": lambda done: min(
-        1.0, (1.0 - done) / 0.2
-    ),  # arXiv 2405.18392: constant, then a linear cooldown
-}
-
-
-def learning_rate_at(global_step: int, peak: float, schedule: str, warmup_steps: int, max_train_steps: int) -> float:
-    """The learning rate of optimizer step `global_step`, counted from 0: a pure function, so resuming needs no state and the
-    number of processes does not matter."""
-    if global_step < warmup_steps:
-        return peak * (global_step + 1) / warmup_steps
-    done = (global_step - warmup_steps) / max(1, max_train_steps - warmup_steps)
-    return peak * LR_SCHEDULES[schedule](done)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Sets the learning rate of every parameter group."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-
-
-def make_optimizer(args: Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW over all trainable parameters: torch's fused one, or the 8-bit one of bitsandbytes."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    settings: dict[str, Any] = {
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "weight_decay": args.adam_weight_decay,
-        "eps": args.adam_epsilon,
-    }
-    if not args.use_8bit_adam:
-        return torch.optim.AdamW(parameters, fused=True, **settings)
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise UserError("--use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes") from error
-    return bitsandbytes.optim.AdamW8bit(parameters, **settings)
-
-
-def enable_xformers(model: nn.Module, device: torch.device) -> None:
-    """Turns xformers' attention on. Raises UserError where it cannot run."""
-    try:
-        import xformers.ops
-
-        if device.type != "cuda":
-            raise UserError(
-                f"--enable_xformers_memory_efficient_attention: xformers' kernels need a CUDA device, this run is on {device.type}; leave it out"
-            )
-        probe = torch.zeros(1, 8, 1, 32, device=device, dtype=torch.float16)
-        xformers.ops.memory_efficient_attention(probe, probe, probe)
-    except (ImportError, NotImplementedError, RuntimeError, OSError) as error:
-        raise UserError(
-            f"--enable_xformers_memory_efficient_attention: xformers cannot run here ({str(error).splitlines()[0]}); install the xformers "
-            f"built for torch {torch.__version__}, or leave the flag out: PyTorch's own attention is as fast on recent GPUs"
-        ) from error
-    model.enable_xformers_memory_efficient_attention()
-
-
-def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Moves a batch to the device; positions stay on the CPU, where random draws are keyed from them."""
-    return {k: v if k == "positions" else v.to(device, non_blocking=True) for k, v in batch.items()}
-
-
 def make_loader(stream: Dataset, args: Namespace, accelerator: Accelerator, first_step: int) -> DataLoader:
-    """Batches of an endless stream, for ever, from optimizer step `first_step` on. Not for `accelerator.prepare`: each process
-    already gets its own positions."""
+    """Batches of an endless stream, for ever, from optimizer step `first_step` on.
+
+    Not for `accelerator.prepare`: each process is given its own positions of the stream already.
+    """
     sampler = PositionBatches(
         args.train_batch_size,
         args.gradient_accumulation_steps,
@@ -205,6 +144,11 @@ def make_loader(stream: Dataset, args: Namespace, accelerator: Accelerator, firs
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
     )
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Moves a batch to the device; positions stay on the CPU, where random draws are keyed from them."""
+    return {k: v if k == "positions" else v.to(device, non_blocking=True) for k, v in batch.items()}
 
 
 @contextmanager
@@ -227,31 +171,27 @@ class StepLog:
     def __init__(self, accelerator: Accelerator, samples_per_step: int):
         self.accelerator = accelerator
         self.samples_per_step = samples_per_step
-        self.total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
-        self.micro_steps = 0
-        self.steps = 0
+        self.total = torch.zeros((), device=accelerator.device)
+        self.micro_steps = self.steps = 0
         self.started = time.perf_counter()
 
     def add(self, loss: Tensor) -> None:
         """Counts the loss of a micro-step."""
-        self.total += loss.detach()
+        self.total += loss.detach().float()
         self.micro_steps += 1
 
     def step_done(self) -> None:
         """Counts an optimizer step."""
         self.steps += 1
 
-    def flush(self, learning_rate: float, global_step: int) -> dict[str, float]:
-        """Means since the last call over all processes, written to the trackers. Every process calls this."""
-        mean = self.accelerator.reduce(self.total / self.micro_steps, reduction="mean").item()
-        seconds = time.perf_counter() - self.started
-        values = {
-            "train/loss": mean,
-            "train/learning_rate": learning_rate,
-            "train/samples_per_second": self.steps * self.samples_per_step / seconds,
-        }
+    def flush(self, learning_rate: float, global_step: int) -> dict[str, str]:
+        """Writes the means since the last call, over all processes, to the trackers, and returns them for the progress
+        bar. Every process calls this."""
+        loss = self.accelerator.reduce(self.total / self.micro_steps, reduction="mean").item()
+        speed = self.steps * self.samples_per_step / (time.perf_counter() - self.started)
+        values = {"train/loss": loss, "train/learning_rate": learning_rate, "train/samples_per_second": speed}
         self.accelerator.log(values, step=global_step)
         self.total.zero_()
         self.micro_steps = self.steps = 0
         self.started = time.perf_counter()
-        return values
+        return {"loss": f"{loss:.4f}", "lr": f"{learning_rate:.2e}", "samples/s": f"{speed:.1f}"}

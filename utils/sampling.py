@@ -37,7 +37,9 @@ def is_flow(scheduler: SchedulerMixin) -> bool:
 
 
 def sampling_scheduler(trained_with: SchedulerMixin, name: str | None = None) -> SchedulerMixin:
-    """The sampler `name` with the noise schedule that the model was trained with; by default DDIM, or Euler for flow."""
+    """The sampler `name` with the noise schedule that the model was trained with; by default DDIM, or Euler for
+    flow.
+    """
     name = name or ("flow_euler" if is_flow(trained_with) else "ddim")
     if is_flow(trained_with) != (name in FLOW_SAMPLERS):
         fitting = [each for each in SAMPLERS if (each in FLOW_SAMPLERS) == is_flow(trained_with)]
@@ -46,8 +48,9 @@ def sampling_scheduler(trained_with: SchedulerMixin, name: str | None = None) ->
 
 
 def image_generators(seed: int, first: int, count: int) -> list[torch.Generator]:
-    """One generator for each image: image i of a run has seed `seed + i`, whatever batch it falls into. On the CPU, where
-    the same seed gives the same numbers on every machine."""
+    """One generator for each image: image i of a run has seed `seed + i`, whatever batch it falls into. On the CPU,
+    where the same seed gives the same numbers on every machine.
+    """
     return [torch.Generator("cpu").manual_seed(seed + i) for i in range(first, first + count)]
 
 

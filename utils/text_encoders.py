@@ -1,4 +1,6 @@
-"""Frozen CLIP text encoders through transformers or open_clip; either way what comes out is transformers' CLIPTextModel."""
+"""Frozen CLIP text encoders through transformers or open_clip; either way what comes out is transformers'
+CLIPTextModel.
+"""
 
 from pathlib import Path
 
@@ -18,8 +20,8 @@ def load_text_encoder(
     """Tokenizer and text encoder by hub name or folder, in evaluation mode, fp32.
 
     A folder may be the encoder itself, hold the tokenizer beside it, or be a whole pipeline with `text_encoder/` and
-    `tokenizer/`. With `library` "open_clip" it is a hub name, or a local checkpoint as "ARCHITECTURE:FILE" or a folder with
-    `open_clip_config.json`.
+    `tokenizer/`. With `library` "open_clip" it is a hub name, or a local checkpoint as "ARCHITECTURE:FILE" or a folder
+    with `open_clip_config.json`.
     """
     if library == "open_clip":
         return load_with_open_clip(name_or_path, tokenizer_name)
@@ -31,11 +33,14 @@ def load_text_encoder(
 
 
 def check_tokenizer(tokenizer: CLIPTokenizer, max_positions: int, vocab_size: int, flag: str) -> None:
-    """Captions are standardised to `model_max_length`; a tokenizer that names none takes the encoder's number of positions."""
+    """Captions are standardised to `model_max_length`; a tokenizer that names none takes the encoder's number of
+    positions.
+    """
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_positions)
     if len(tokenizer) > vocab_size:
         raise UserError(
-            f"{flag}: the tokenizer knows {len(tokenizer)} tokens and the text encoder {vocab_size}; they do not belong together"
+            f"{flag}: the tokenizer knows {len(tokenizer)} tokens and the text encoder {vocab_size}; they do not "
+            "belong together"
         )
 
 
@@ -75,7 +80,9 @@ def load_with_open_clip(name_or_path: str, tokenizer_name: str | None) -> tuple[
 
 
 def load_open_clip_tokenizer(name_or_path: str, named: bool) -> CLIPTokenizer:
-    """The CLIP tokenizer beside the weights or, for a bare checkpoint, built from the vocabulary that open_clip carries."""
+    """The CLIP tokenizer beside the weights or, for a bare checkpoint, built from the vocabulary that open_clip
+    carries.
+    """
     if named or (":" not in name_or_path and not Path(name_or_path).is_dir()):
         return load_component(CLIPTokenizer.from_pretrained, name_or_path, "tokenizer", "--tokenizer_name")
     if any((Path(name_or_path) / file).exists() for file in ("tokenizer.json", "vocab.json")):
@@ -88,7 +95,8 @@ def load_open_clip_tokenizer(name_or_path: str, named: bool) -> CLIPTokenizer:
 def text_model_from_open_clip(model) -> CLIPTextModel:
     """open_clip's text tower as a CLIPTextModel with the same weights and, to rounding, the same states.
 
-    Raises UserError for towers that are no CLIP text transformer (those of transformers inside open_clip, CoCa, SigLIP).
+    Raises UserError for towers that are no CLIP text transformer (those of transformers inside open_clip, CoCa,
+    SigLIP).
     """
     tower = getattr(model, "text", model)
     if not hasattr(tower, "token_embedding") or not hasattr(tower, "ln_final"):
@@ -114,9 +122,10 @@ def text_model_from_open_clip(model) -> CLIPTextModel:
     # transformers moved these names once (with and without "text_model."): the model itself says which it has.
     prefix = next(k for k in text_encoder.state_dict() if k.endswith("token_embedding.weight"))
     prefix = prefix.removesuffix("embeddings.token_embedding.weight")
-    text_encoder.load_state_dict(
-        {prefix + k: v for k, v in rename_open_clip(state, len(blocks)).items()}, strict=False
-    )
+    renamed = {prefix + name: tensor for name, tensor in rename_open_clip(state, len(blocks)).items()}
+    missing, unexpected = text_encoder.load_state_dict(renamed, strict=False)
+    if unexpected or any("position_ids" not in name for name in missing):
+        raise UserError(f"{FLAG}: open_clip's text tower does not fit CLIPTextModel: {missing or unexpected}")
     return text_encoder.float()
 
 

@@ -1,4 +1,6 @@
-"""What training an image autoencoder needs beside its loop: the images, pictures on the way, and the measured latents."""
+"""What training an image autoencoder needs beside its loop: the images, pictures on the way, and the measured
+latents.
+"""
 
 import logging
 import math
@@ -50,7 +52,9 @@ def save_reconstructions(
     global_step: int,
     count: int = 8,
 ) -> None:
-    """Originals above reconstructions of the posterior's mean, with their PSNR in dB, in `samples/step-N.png` and the trackers."""
+    """Originals above reconstructions of the posterior's mean, with their PSNR in dB, in `samples/step-N.png` and the
+    trackers.
+    """
     if not accelerator.is_main_process:
         return
     images = to_pixels(stream.__getitems__(list(range(count)))["images"]).to(accelerator.device)
@@ -72,7 +76,9 @@ def save_reconstructions(
 
 @torch.no_grad()
 def measure_latents(vae: AutoencoderKL, stream: ImageStream, num_samples: int, accelerator: Accelerator) -> None:
-    """Measures the latents of up to `num_samples` training images and stores scaling (1 / std) and shift (mean) in the config."""
+    """Measures the latents of up to `num_samples` training images and stores scaling (1 / std) and shift (mean) in the
+    config.
+    """
     sums = ChannelSums(vae.config.latent_channels)
     total = min(num_samples, stream.order.num_rows)
     for first in range(0, total, 64):

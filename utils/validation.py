@@ -23,7 +23,8 @@ def save_grid(
     class_labels: list[int] | None = None,
     label_names: list[str] | None = None,
 ) -> None:
-    """Samples `num_validation_images` for each prompt or label (or unconditionally) into `samples/step-N.png` and the trackers.
+    """Samples `num_validation_images` for each prompt or label (or unconditionally) into `samples/step-N.png` and the
+    trackers.
 
     Always the same noise, so that grids compare. Does not touch the random state of training.
     """

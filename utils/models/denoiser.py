@@ -7,7 +7,8 @@ from utils.conditions import Conditioning
 
 
 class ConditionalDenoiser(nn.Module):
-    """One module, so that DDP, gradient clipping, EMA, `torch.compile` and checkpoints cannot forget the learnt conditions.
+    """One module, so that DDP, gradient clipping, EMA, `torch.compile` and checkpoints cannot forget the learnt
+    conditions.
 
     `model` is a UNet2DConditionModel or a DiT, which take the same arguments; `conditions` one of `CONDITIONS`.
     """
@@ -18,7 +19,9 @@ class ConditionalDenoiser(nn.Module):
         self.conditions = conditions
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, values: dict[str, Tensor], drop: Tensor) -> Tensor:
-        """(B, ...) -> model prediction (B, ...). `values` are the batch's conditions, `drop` (B,) True = unconditional."""
+        """(B, ...) -> model prediction (B, ...). `values` are the batch's conditions, `drop` (B,) True =
+        unconditional.
+        """
         conditioning: Conditioning = self.conditions(values, drop)
         return self.model(
             noisy_latents,

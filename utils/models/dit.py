@@ -1,5 +1,5 @@
-"""A diffusion transformer (Peebles & Xie 2022, arXiv 2212.09748) with the parts that later work agreed on: RMSNorm, QK-norm,
-SwiGLU, rotary positions, and cross-attention for token conditions.
+"""A diffusion transformer (Peebles & Xie 2022, arXiv 2212.09748) with the parts that later work agreed on: RMSNorm,
+QK-norm, SwiGLU, rotary positions, and cross-attention for token conditions.
 
 This file is copied into exported runs: it imports torch and diffusers only.
 """
@@ -30,7 +30,9 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0
 
 
 def rotary_table(height: int, width: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (height * width, head_dim) of axial rotary positions: half of each head turns with y, half with x."""
+    """Cosines and sines (height * width, head_dim) of axial rotary positions: half of each head turns with y, half
+    with x.
+    """
     frequencies = 100.0 ** (-torch.arange(head_dim // 4, device=device, dtype=torch.float32) / (head_dim // 4))
     y = torch.arange(height, device=device, dtype=torch.float32)[:, None] * frequencies  # (H, head_dim / 4)
     x = torch.arange(width, device=device, dtype=torch.float32)[:, None] * frequencies
@@ -53,8 +55,9 @@ def modulate(values: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Self-attention of (B, N, D), or cross-attention to `context` (B, S, context_dim). Queries and keys are normalised
-    (arXiv 2302.05442), which keeps bf16 training of deep transformers stable."""
+    """Self-attention of (B, N, D), or cross-attention to `context` (B, S, context_dim). Queries and keys are
+    normalised (arXiv 2302.05442), which keeps bf16 training of deep transformers stable.
+    """
 
     def __init__(self, dim: int, num_heads: int, context_dim: int | None = None):
         super().__init__()
@@ -102,7 +105,9 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward (arXiv 2002.05202); its inner size is 2/3 of a plain one's, for the same number of parameters."""
+    """Gated feed-forward (arXiv 2002.05202); its inner size is 2/3 of a plain one's, for the same number of
+    parameters.
+    """
 
     def __init__(self, dim: int, mlp_ratio: float):
         super().__init__()
@@ -116,8 +121,9 @@ class SwiGLU(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """adaLN-zero: six shifts, scales and gates from the conditioning vector; the gates start at zero, so that a new block is
-    the identity (section 3.2). Cross-attention is not modulated, and its output starts at zero instead."""
+    """adaLN-zero: six shifts, scales and gates from the conditioning vector; the gates start at zero, so that a new
+    block is the identity (section 3.2). Cross-attention is not modulated, and its output starts at zero instead.
+    """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, context_dim: int | None):
         super().__init__()
@@ -142,8 +148,9 @@ class DiTBlock(nn.Module):
 class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Predicts like its input (B, C, H, W) from noisy latents, timesteps and conditions.
 
-    `forward` takes what `UNet2DConditionModel.forward` takes, so that either stands where the other does: `class_labels` are pooled
-    projections (B, `projection_class_embeddings_input_dim`), `encoder_hidden_states` (B, S, `cross_attention_dim`).
+    `forward` takes what `UNet2DConditionModel.forward` takes, so that either stands where the other does:
+    `class_labels` are pooled projections (B, `projection_class_embeddings_input_dim`), `encoder_hidden_states` (B, S,
+    `cross_attention_dim`).
     """
 
     _supports_gradient_checkpointing = True
@@ -189,13 +196,13 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for layer in (self.time_embed[0], self.time_embed[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        zero_layers = [self.adaln_out, self.proj_out]
-        for block in self.blocks:
-            zero_layers += [block.adaln] + ([block.cross_attention.to_out] if block.cross_attention else [])
-        for layer in zero_layers:
-            nn.init.zeros_(layer.weight)
+        for module in self.modules():
+            if isinstance(module, DiTBlock):
+                nn.init.zeros_(module.adaln.weight)
+                if module.cross_attention is not None:
+                    nn.init.zeros_(module.cross_attention.to_out.weight)
+        nn.init.zeros_(self.adaln_out.weight)
+        nn.init.zeros_(self.proj_out.weight)
 
     def patchify(self, sample: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, N, C p p)."""

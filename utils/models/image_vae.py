@@ -42,14 +42,18 @@ def build_vae(preset: str, sample_size: int) -> AutoencoderKL:
 
 
 class TrainableVAE(nn.Module):
-    """An AutoencoderKL whose forward gives all that the loss needs, in one call (one forward of a DDP module a step)."""
+    """An AutoencoderKL whose forward gives all that the loss needs, in one call (one forward of a DDP module a
+    step).
+    """
 
     def __init__(self, vae: AutoencoderKL):
         super().__init__()
         self.vae = vae
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) and noise (B, C, h, w) -> reconstructions and the posterior's KL divergence (B, C, h, w)."""
+        """Images (B, 3, H, W) and noise (B, C, h, w) -> reconstructions and the posterior's KL divergence (B, C, h,
+        w).
+        """
         posterior = self.vae.encode(images).latent_dist
         latents = posterior.mean + posterior.std * noise
         return self.vae.decode(latents).sample, kl_to_standard_normal(posterior.mean, posterior.logvar)
@@ -61,7 +65,9 @@ class TrainableVAE(nn.Module):
 
 
 def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, elementwise (Kingma & Welling 2013, arXiv 1312.6114, appendix B)."""
+    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, elementwise (Kingma & Welling 2013, arXiv 1312.6114, appendix
+    B).
+    """
     mean, logvar = mean.float(), logvar.float()
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
 

@@ -25,7 +25,7 @@ UNET_PRESETS = {
     "cifar10":  UNetPreset((128, 256, 256),       (False, True, True),         1, 4),
     "base":     UNetPreset((192, 384, 768, 768),  (True, True, True, False),   2, 8),
     "sd-v1":    UNetPreset((320, 640, 1280, 1280), (True, True, True, False),  2, 8),
-    "sd-v2":    UNetPreset((320, 640, 1280, 1280), (True, True, True, False),  2, (5, 10, 20, 20), use_linear_projection=True),
+    "sd-v2":    UNetPreset((320, 640, 1280, 1280), (True, True, True, False),  2, (5, 10, 20, 20), 32, True),
     "ldm-kl-8": UNetPreset((320, 640, 1280, 1280), (True, True, True, False),  2, 8),
 }
 # fmt: on
@@ -36,8 +36,9 @@ def unet_config(
 ) -> dict:
     """Arguments of UNet2DConditionModel for `preset`.
 
-    With `cross_attention_dim` attending levels have cross-attention to (B, S, cross_attention_dim); without it they attend to
-    themselves. `class_conditional` adds pooled projections (B, 4 * block_out_channels[0]) to the timestep embedding.
+    With `cross_attention_dim` attending levels have cross-attention to (B, S, cross_attention_dim); without it they
+    attend to themselves. `class_conditional` adds pooled projections (B, 4 * block_out_channels[0]) to the timestep
+    embedding.
     """
     chosen = UNET_PRESETS[preset]
     attends, plain = ("CrossAttn", "") if cross_attention_dim else ("Attn", "")
@@ -67,8 +68,8 @@ def unet_config(
 def build_unet(config: dict) -> UNet2DConditionModel:
     """A UNet2DConditionModel with the zero initialisation that its class lacks.
 
-    Output convolution, last convolution of each residual block and output of each transformer start at zero, as in the code of DDPM, ADM
-    and LDM: each block starts as the identity.
+    Output convolution, last convolution of each residual block and output of each transformer start at zero, as in the
+    code of DDPM, ADM and LDM: each block starts as the identity.
     """
     unet = UNet2DConditionModel.from_config(config)
     zero_layers: list[nn.Module] = [unet.conv_out]
