@@ -129,8 +129,8 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, ema: EMA | None,
     for key, value in identity.items():
         if manifest["identity"].get(key) != value:
             raise UserError(
-                f"--resume_from_checkpoint: {checkpoint} was trained with {key} = {manifest['identity'].get(key)}, this "
-                f"run has {value}; give the same flags as then, or another --output_dir"
+                f"--resume_from_checkpoint: {checkpoint} was trained with {key} = {manifest['identity'].get(key)}, "
+                f"this run has {value}; give the same flags as then, or another --output_dir"
             )
     accelerator.load_state(str(checkpoint))
     if ema is not None:

@@ -163,7 +163,8 @@ def load_run(path: str | Path) -> LatentDiffusionPipeline:
     name = next((each for each in ("unet", "transformer") if (run_dir / each / "config.json").is_file()), None)
     if name is None or not (run_dir / "vae").is_dir() or not (run_dir / "scheduler").is_dir():
         raise UserError(
-            f"--model: {path} is no run (no unet/ or transformer/ with vae/ and scheduler/ in it); give a run's folder or a checkpoint"
+            f"--model: {path} is no run (no unet/ or transformer/ beside vae/ and scheduler/); "
+            "give a run's folder or a checkpoint"
         )
     if checkpoint is None and not (run_dir / "model_index.json").is_file():
         steps = checkpoint_steps(run_dir)

@@ -218,7 +218,7 @@ def check_skipped(
     if len(skipped) > max_fraction * total or not kept:
         example = f" (row {skipped[0]['row']}: {skipped[0]['reason']})" if skipped else ""
         raise UserError(
-            f"--max_skipped_fraction {max_fraction}: {len(skipped)} of {total} images cannot be read{example}; {report} "
+            f"--max_skipped_fraction {max_fraction}: {len(skipped)} of {total} images are unreadable{example}; {report} "
             "lists them: mend the data, or raise the limit"
         )
 
