@@ -74,8 +74,9 @@ def main(args: argparse.Namespace) -> None:
     # Load
     output_dir = Path(args.output_dir)
     accelerator = run.make_accelerator(args, output_dir)
-    run.claim_output_dir(args, output_dir, accelerator)
+    run.check_output_dir(output_dir, args.resume_from_checkpoint, accelerator)
     cache = build.open_cache(args, accelerator, output_dir)
+    run.save_args(args, output_dir, accelerator)
     objective, scheduler = build.build_objective(args)
     frozen = export.load_frozen_parts(cache.spec, cache.normalisation, scheduler)
     denoiser = build.build_denoiser(args, cache, condition="none" if args.unconditional else "class")

@@ -60,9 +60,10 @@ def main(args: argparse.Namespace) -> None:
     # Load
     output_dir = Path(args.output_dir)
     accelerator = run.make_accelerator(args, output_dir)
+    run.check_output_dir(output_dir, args.resume_from_checkpoint, accelerator)
     stream, data_identity = vae_training.open_stream(args)
+    run.save_args(args, output_dir, accelerator)
     vae = build_vae(args.vae_size, args.resolution)
-    run.claim_output_dir(args, output_dir, accelerator)
 
     # Prepare
     autoencoder = TrainableVAE(vae)

@@ -33,7 +33,7 @@ def open_cache(args: Namespace, accelerator: Accelerator, output_dir: Path) -> L
         raise UserError("give --latents_dir (a latent cache), or --dataset_name or --train_data_dir to make one")
     spec = LatentSpec.read(args.latents_dir)
     asked: dict[str, Any] = {}
-    for name in ("resolution", "random_flip", "max_samples"):
+    for name in ("resolution", "random_flip"):
         if name in args.given:
             asked[name] = getattr(args, name)
     if "pretrained_vae_model_name_or_path" in args.given:
@@ -44,6 +44,12 @@ def open_cache(args: Namespace, accelerator: Accelerator, output_dir: Path) -> L
         _, text_encoder = load_text_encoder(name, args.text_encoder_library, args.tokenizer_name)
         asked["text_encoder"] = codecs.describe(text_encoder, name)
     check_fingerprint(spec.fingerprint, asked, args.latents_dir)
+    # args.yaml should tell what was trained on, and not the defaults of flags that played no part.
+    args.resolution, args.random_flip = spec.fingerprint["resolution"], spec.flips
+    args.pretrained_vae_model_name_or_path = spec.vae
+    if spec.text_encoder:
+        args.pretrained_text_encoder_name_or_path = spec.text_encoder["name"]
+        args.text_encoder_library, args.tokenizer_name = spec.text_encoder["library"], spec.text_encoder["tokenizer"]
     return LatentCache(args.latents_dir, args.latent_normalisation)
 
 

@@ -1,6 +1,6 @@
 """Rows of a dataset -> columns of the latent cache: decoding in threads, encoding by the frozen models."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,6 +15,8 @@ from utils.cache_writer import ChannelSums, caption_id
 from utils.conditions import encode_text, tokenize
 from utils.data_images import BadImage, ImageColumns, decode_image, normalise_captions, resize_and_crop
 from utils.errors import UserError
+
+Autocast = Callable[[], AbstractContextManager]
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,14 @@ class LatentEncoder:
     `flips`.
     """
 
-    def __init__(self, vae, content: str, flips: bool, batch_size: int, autocast: AbstractContextManager):
+    def __init__(self, vae, content: str, flips: bool, batch_size: int, autocast: Autocast):
         self.vae, self.content, self.flips, self.batch_size, self.autocast = vae, content, flips, batch_size, autocast
         self.planes = 2 if content == "moments" else 1
 
     def encode(self, images: np.ndarray, sums: ChannelSums) -> np.ndarray:
         """Images (B, R, R, 3) uint8 -> float16 (B, planes * C * H * W), counted into `sums`."""
         pixels = torch.from_numpy(images).to(self.vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        with self.autocast:
+        with self.autocast():
             mean, std = codecs.encode(self.vae, pixels)
         if not torch.isfinite(mean).all():
             raise UserError(

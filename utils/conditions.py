@@ -25,6 +25,7 @@ class NoCondition(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self):
         super().__init__()
+        self.register_buffer("dtype_holder", torch.zeros(()))  # a pipeline asks each component for its dtype
 
     def forward(self, values: dict[str, Tensor], drop: Tensor) -> Conditioning:
         return Conditioning()

@@ -145,8 +145,9 @@ def export_run(output_dir: Path, denoiser: ConditionalDenoiser, parts: FrozenPar
     index["_class_name"] = ["pipelines", "LatentDiffusionPipeline"]
     index["conditions"] = ["conditions", type(denoiser.conditions).__name__]
     if isinstance(denoiser.model, dit.DiT):
-        shutil.copy(str(dit.__file__), output_dir / name / "dit.py")
-        index[name] = ["dit", "DiT"]
+        # Not as dit.py: diffusers would look for the class in its own pipeline of that name.
+        shutil.copy(str(dit.__file__), output_dir / name / "latent_dit.py")
+        index[name] = ["latent_dit", "DiT"]
     write_json(output_dir / "model_index.json", index)
 
 

@@ -179,7 +179,7 @@ def write_latents(
     """Writes this process's share of the latent shards that are not there yet."""
     columns, shape = source.columns, encoders.latent_shape
     encoder = LatentEncoder(
-        encoders.vae, encoders.content, args.random_flip, args.encode_batch_size, accelerator.autocast()
+        encoders.vae, encoders.content, args.random_flip, args.encode_batch_size, accelerator.autocast
     )
     length = encoder.planes * int(np.prod(shape))
     features = latent_features(length, args.random_flip, columns.label is not None, columns.caption is not None)
@@ -218,8 +218,8 @@ def check_skipped(
     if len(skipped) > max_fraction * total or not kept:
         example = f" (row {skipped[0]['row']}: {skipped[0]['reason']})" if skipped else ""
         raise UserError(
-            f"--max_skipped_fraction {max_fraction}: {len(skipped)} of {total} images are unreadable{example}; {report} "
-            "lists them: mend the data, or raise the limit"
+            f"--max_skipped_fraction {max_fraction}: {len(skipped)} of {total} images are unreadable{example};"
+            f" {report} lists them: mend the data, or raise the limit"
         )
 
 

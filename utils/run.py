@@ -53,20 +53,24 @@ def make_accelerator(args: Namespace, output_dir: Path | None = None) -> Acceler
     return accelerator
 
 
-def claim_output_dir(args: Namespace, output_dir: Path, accelerator: Accelerator) -> None:
-    """Writes `args.yaml` into the run's folder. Raises UserError for a folder that is taken."""
+def check_output_dir(output_dir: Path, resume_from_checkpoint: str | None, accelerator: Accelerator) -> None:
+    """Raises UserError for a folder that is taken: by another run, unless this one resumes, or by anything else."""
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir: {output_dir} is a file; give a folder")
     contents = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set()
     contents -= {"latents"}  # the cache that a run makes for itself, perhaps before it was killed
     if contents and "args.yaml" not in contents:
         raise UserError(f"--output_dir: {output_dir} is not empty and holds no run; give another folder")
-    if contents and not args.resume_from_checkpoint:
+    if contents and not resume_from_checkpoint:
         raise UserError(
             f"--output_dir: {output_dir} holds a run already; add --resume_from_checkpoint latest to go on with it, "
             "or give another folder"
         )
     accelerator.wait_for_everyone()  # all have looked before one writes
+
+
+def save_args(args: Namespace, output_dir: Path, accelerator: Accelerator) -> None:
+    """Writes `args.yaml`, which as --config repeats the run; from then on the folder is this run's."""
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         saved = {name: value for name, value in sorted(vars(args).items()) if name not in ("config", "given")}

@@ -1,0 +1,195 @@
+"""What tests share: tiny models in the real formats, tiny data sets, and scripts run as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("LDM_TEST_DATA", ROOT.parent / "shared" / "data"))
+COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 210)}
+
+
+def run_script(
+    script: str, *flags: str | Path | int | float, processes: int = 1, timeout: float = 300, check: bool = True
+):
+    """Runs a top-level script in a process of its own, from the repository, with one thread (so that runs can be compared
+    bit for bit); with `processes` 2, under torch's launcher as gloo on the CPU."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    env = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [*launcher, str(ROOT / script), *map(str, flags)]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+    if check and result.returncode:
+        raise AssertionError(f"{' '.join(command)}\nexit code {result.returncode}\n{result.stdout}\n{result.stderr}")
+    return result
+
+
+def refused(result) -> str:
+    """The one line that a script which refuses its input prints; fails unless it exits with 2 and prints no traceback."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
+    return result.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="session")
+def tiny_vae(tmp_path_factory) -> Path:
+    """An AutoencoderKL with random weights: 16 x 16 images, 4 x 4 x 4 latents, a scaling and a shift."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=0.7,
+        shift_factor=0.1,
+    )
+    folder = tmp_path_factory.mktemp("vae")
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_text_encoder(tmp_path_factory) -> Path:
+    """A folder with `text_encoder/` (a CLIPTextModel with random weights, width 16) and `tokenizer/` (CLIP's own)."""
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from utils.clip_vocabulary import build_clip_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = build_clip_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    folder = tmp_path_factory.mktemp("text")
+    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """48 noisy 20 x 24 images of three colours, with captions and labels in `metadata.jsonl`."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    lines = []
+    for i in range(48):
+        label = i % 3
+        name = list(COLOURS)[label]
+        pixels = np.clip(np.array(COLOURS[name]) + generator.normal(0, 20, (24, 20, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+        lines.append(json.dumps({"file_name": f"{i:03d}.png", "text": [f"a {name} square", name], "label": label}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory, image_folder, tiny_vae, tiny_text_encoder) -> Path:
+    """A latent cache of `image_folder` with captions, labels and flips, in several shards."""
+    folder = tmp_path_factory.mktemp("cache") / "latents"
+    run_script(
+        "precompute_latents.py", *cache_flags(image_folder, tiny_vae, tiny_text_encoder), "--latents_dir", folder
+    )
+    return folder
+
+
+def cache_flags(images: Path, vae: Path, text_encoder: Path) -> list[str | Path | int]:
+    """Flags of a cache of `image_folder` with everything in it."""
+    return [
+        *("--train_data_dir", images, "--caption_column", "text", "--label_column", "label"),
+        *("--resolution", 16, "--random_flip", "--rows_per_shard", 10, "--encode_batch_size", 4),
+        *("--pretrained_vae_model_name_or_path", vae, "--pretrained_text_encoder_name_or_path", text_encoder),
+    ]
+
+
+# A DiT and a U-Net small enough to train for a few steps in a second.
+DIT_CONFIG = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
+UNET_CONFIG = {"block_out_channels": [8, 16], "norm_num_groups": 4, "attention_head_dim": 2}
+
+
+@pytest.fixture(scope="session")
+def model_flags(tmp_path_factory) -> dict[str, list[str]]:
+    """Flags of a tiny model of each kind: `model_flags["dit"]`, `model_flags["unet"]`."""
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "dit.json").write_text(json.dumps(DIT_CONFIG))
+    (folder / "unet.json").write_text(json.dumps(UNET_CONFIG))
+    return {
+        "dit": ["--model", "dit", "--model_size", "S/2", "--model_config", str(folder / "dit.json")],
+        "unet": ["--model", "unet", "--model_size", "tiny", "--model_config", str(folder / "unet.json")],
+    }
+
+
+TRAIN_FLAGS = [
+    *("--max_train_steps", 8, "--train_batch_size", 4, "--lr_warmup_steps", 2, "--learning_rate", 1e-3),
+    *(
+        "--checkpointing_steps",
+        4,
+        "--logging_steps",
+        2,
+        "--num_validation_images",
+        2,
+        "--validation_inference_steps",
+        2,
+    ),
+]
+
+
+@pytest.fixture(scope="session")
+def text_run(tmp_path_factory, cache, model_flags) -> Path:
+    """A finished text-to-image U-Net run: v-prediction, a StableDiffusionPipeline."""
+    folder = tmp_path_factory.mktemp("text_run") / "run"
+    prompts = ["--validation_prompts", "a red square", "blue"]
+    run_script(
+        "train_text_to_image_ldm.py",
+        "--latents_dir",
+        cache,
+        "--output_dir",
+        folder,
+        *model_flags["unet"],
+        *TRAIN_FLAGS,
+        *prompts,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def class_run(tmp_path_factory, cache, model_flags) -> Path:
+    """A finished class-conditional DiT run: flow."""
+    folder = tmp_path_factory.mktemp("class_run") / "run"
+    flags = ["--prediction_type", "flow", "--validation_labels", 0, 2]
+    run_script(
+        "train_class_cond_ldm.py",
+        "--latents_dir",
+        cache,
+        "--output_dir",
+        folder,
+        *model_flags["dit"],
+        *TRAIN_FLAGS,
+        *flags,
+    )
+    return folder
