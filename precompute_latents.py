@@ -1,8 +1,7 @@
 """Encodes a dataset of images, with captions or labels, into a latent cache that the trainers read.
 
     python precompute_latents.py --train_data_dir photos --caption_column text --resolution 256 --latents_dir cache
-    accelerate launch --multi_gpu precompute_latents.py --dataset_name uoft-cs/cifar10 --image_column img
-    --label_column label ...
+    accelerate launch --multi_gpu precompute_latents.py --dataset_name uoft-cs/cifar10 --label_column label ...
 
 Killed at any moment and started again it continues. Several processes each encode their own shards.
 """

@@ -3,7 +3,6 @@
     python sample.py --guidance_scale 7.5
     python sample.py --model runs/mine --prompt "a red apple" --prompt "two birds" --num_images_per_prompt 4
     python sample.py --model runs/cifar/checkpoint-20000 --class_labels 3 5 --scheduler dpmsolver++
-    --num_inference_steps 20
 
 Image number i has seed SEED + i: the same picture, to rounding, whatever the batch size.
 """

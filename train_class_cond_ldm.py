@@ -1,7 +1,7 @@
 """Trains a class-conditional or unconditional latent diffusion model from scratch.
 
-    accelerate launch train_class_cond_ldm.py --latents_dir cache --output_dir runs/mine --model unet --model_size
-    cifar10 accelerate launch train_class_cond_ldm.py --config configs/cifar10.yaml --dataset_name uoft-cs/cifar10
+    accelerate launch train_class_cond_ldm.py --latents_dir cache --output_dir runs/mine --model dit --model_size B/2
+    accelerate launch train_class_cond_ldm.py --config configs/cifar10_ldm.yaml --dataset_name uoft-cs/cifar10 ...
 
 From a latent cache (see precompute_latents.py), or from a dataset, whose cache is then made first. Leaves a run's
 folder that sample.py and diffusers load.
@@ -76,15 +76,12 @@ def main(args: argparse.Namespace) -> None:
     accelerator = run.make_accelerator(args, output_dir)
     run.check_output_dir(output_dir, args.resume_from_checkpoint, accelerator)
     cache = build.open_cache(args, accelerator, output_dir)
-    run.save_args(args, output_dir, accelerator)
-    objective, scheduler = build.build_objective(args)
+    objective, scheduler = build.build_objective(args, accelerator.device)
     frozen = export.load_frozen_parts(cache.spec, cache.normalisation, scheduler)
     denoiser = build.build_denoiser(args, cache, condition="none" if args.unconditional else "class")
     check_labels(args, cache.spec.labels)
     if args.enable_xformers_memory_efficient_attention:
         optimization.enable_xformers(denoiser.model, accelerator.device)
-    if accelerator.is_main_process:
-        export.save_frozen_parts(output_dir, denoiser, frozen)
 
     # Prepare
     optimizer = optimization.make_optimizer(args, denoiser)
@@ -92,10 +89,10 @@ def main(args: argparse.Namespace) -> None:
     model = accelerator.unwrap_model(denoiser)
     ema = EMA(model, args.ema_decay) if args.use_ema else None
     run_identity = run.identity_of(args, model, cache.spec.identity(), accelerator)
-    checkpoint = (
-        checkpoints.find_checkpoint(output_dir, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
-    )
-    first_step = checkpoints.load_checkpoint(accelerator, checkpoint, ema, run_identity) if checkpoint else 0
+    first_step = checkpoints.resume(accelerator, output_dir, args.resume_from_checkpoint, ema, run_identity)
+    run.save_args(args, output_dir, accelerator)  # nothing was written until all was found to fit
+    if accelerator.is_main_process:
+        export.save_frozen_parts(output_dir, model, frozen)
     if args.torch_compile:
         denoiser = torch.compile(denoiser)
     batches = iter(run.make_loader(LatentStream(cache, args.seed), args, accelerator, first_step))

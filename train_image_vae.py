@@ -1,7 +1,7 @@
 """Trains an image autoencoder (AutoencoderKL) from scratch, for latents of your own.
 
-    python train_image_vae.py --train_data_dir photos --resolution 64 --vae_size small --output_dir runs/vae
-    accelerate launch train_image_vae.py --config configs/demo_vae.yaml
+    accelerate launch train_image_vae.py --train_data_dir photos --resolution 64 --vae_size small --output_dir runs/vae
+    accelerate launch train_image_vae.py --config configs/cifar10_vae.yaml --dataset_name uoft-cs/cifar10 ...
 
 Leaves OUTPUT_DIR/vae in diffusers format, with the scaling and shift of its latents measured and stored in its config:
 give OUTPUT_DIR to precompute_latents.py as --pretrained_vae_model_name_or_path.
@@ -62,7 +62,6 @@ def main(args: argparse.Namespace) -> None:
     accelerator = run.make_accelerator(args, output_dir)
     run.check_output_dir(output_dir, args.resume_from_checkpoint, accelerator)
     stream, data_identity = vae_training.open_stream(args)
-    run.save_args(args, output_dir, accelerator)
     vae = build_vae(args.vae_size, args.resolution)
 
     # Prepare
@@ -73,6 +72,7 @@ def main(args: argparse.Namespace) -> None:
     ema = EMA(model, args.ema_decay) if args.use_ema else None
     run_identity = run.identity_of(args, model, data_identity, accelerator)
     first_step = checkpoints.resume(accelerator, output_dir, args.resume_from_checkpoint, ema, run_identity)
+    run.save_args(args, output_dir, accelerator)
     if args.torch_compile:
         autoencoder = torch.compile(autoencoder)
     batches = iter(run.make_loader(stream, args, accelerator, first_step))

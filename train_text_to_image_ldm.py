@@ -1,7 +1,7 @@
 """Trains a text-to-image latent diffusion model from scratch.
 
-    accelerate launch train_text_to_image_ldm.py --latents_dir cache --output_dir runs/mine --model dit --model_size
-    B/2 accelerate launch train_text_to_image_ldm.py --config configs/text_to_image_32gb.yaml --train_data_dir photos
+    accelerate launch train_text_to_image_ldm.py --latents_dir cache --output_dir runs/mine --model dit
+    accelerate launch train_text_to_image_ldm.py --config configs/text_to_image_32gb.yaml --train_data_dir photos ...
 
 From a latent cache (see precompute_latents.py), or from a dataset, whose cache is then made first. Leaves a run's
 folder that sample.py and diffusers load.
@@ -53,8 +53,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = run.make_accelerator(args, output_dir)
     run.check_output_dir(output_dir, args.resume_from_checkpoint, accelerator)
     cache = build.open_cache(args, accelerator, output_dir)
-    run.save_args(args, output_dir, accelerator)
-    objective, scheduler = build.build_objective(args)
+    objective, scheduler = build.build_objective(args, accelerator.device)
     frozen = export.load_frozen_parts(cache.spec, cache.normalisation, scheduler)
     denoiser = build.build_denoiser(args, cache, condition="text")
     encodes_in_loop = cache.caption_content == "input_ids"
@@ -64,8 +63,6 @@ def main(args: argparse.Namespace) -> None:
         denoiser.conditions.set_null(null["encoder_hidden_states"][0], int(null["num_tokens"][0]))
     if args.enable_xformers_memory_efficient_attention:
         optimization.enable_xformers(denoiser.model, accelerator.device)
-    if accelerator.is_main_process:
-        export.save_frozen_parts(output_dir, denoiser, frozen)
 
     # Prepare
     optimizer = optimization.make_optimizer(args, denoiser)
@@ -73,10 +70,10 @@ def main(args: argparse.Namespace) -> None:
     model = accelerator.unwrap_model(denoiser)
     ema = EMA(model, args.ema_decay) if args.use_ema else None
     run_identity = run.identity_of(args, model, cache.spec.identity(), accelerator)
-    checkpoint = (
-        checkpoints.find_checkpoint(output_dir, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
-    )
-    first_step = checkpoints.load_checkpoint(accelerator, checkpoint, ema, run_identity) if checkpoint else 0
+    first_step = checkpoints.resume(accelerator, output_dir, args.resume_from_checkpoint, ema, run_identity)
+    run.save_args(args, output_dir, accelerator)  # nothing was written until all was found to fit
+    if accelerator.is_main_process:
+        export.save_frozen_parts(output_dir, model, frozen)
     if args.torch_compile:
         denoiser = torch.compile(denoiser)
     batches = iter(run.make_loader(LatentStream(cache, args.seed), args, accelerator, first_step))

@@ -5,6 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
@@ -53,8 +54,8 @@ def open_cache(args: Namespace, accelerator: Accelerator, output_dir: Path) -> L
     return LatentCache(args.latents_dir, args.latent_normalisation)
 
 
-def build_objective(args: Namespace) -> tuple[Objective, Any]:
-    """The objective and the scheduler that is saved with the model."""
+def build_objective(args: Namespace, device: torch.device) -> tuple[Objective, Any]:
+    """The objective, its tables on `device`, and the scheduler that is saved with the model."""
     scheduler = training_scheduler(
         args.prediction_type, args.beta_schedule, args.rescale_betas_zero_snr, args.flow_shift
     )
@@ -62,7 +63,7 @@ def build_objective(args: Namespace) -> tuple[Objective, Any]:
         settings: dict[str, Any] = {"timestep_density": args.timestep_density}
     else:
         names = ("snr_gamma", "noise_offset", "input_perturbation")
-        settings = {name: getattr(args, name) for name in names}
+        settings = {name: getattr(args, name) for name in names} | {"device": device}
     return OBJECTIVES[args.prediction_type](scheduler, **settings), scheduler
 
 

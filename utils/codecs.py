@@ -64,11 +64,14 @@ def weights_hash(model: nn.Module) -> str:
 
 
 @torch.no_grad()
-def downsampling_factor(vae: ModelMixin) -> int:
-    """Pixels per latent position, measured: families of autoencoders name it differently in their configs."""
+def measure_shape(vae: ModelMixin) -> tuple[int, int]:
+    """(channels of a latent, pixels per latent position), found by encoding a blank image: families of autoencoders
+    name these differently in their configs.
+    """
     size = 64
     images = torch.zeros(1, vae.config.in_channels, size, size, device=vae.device, dtype=vae.dtype)
-    return size // encode(vae, images)[0].shape[-1]
+    channels, height = encode(vae, images)[0].shape[1:3]
+    return channels, size // height
 
 
 def has_posterior(vae: ModelMixin) -> bool:

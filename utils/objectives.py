@@ -93,6 +93,7 @@ class DDPMObjective(Objective):
         snr_gamma: float | None = None,
         noise_offset: float = 0.0,
         input_perturbation: float = 0.0,
+        device: torch.device | str = "cpu",
     ):
         self.prediction_type = scheduler.config.prediction_type
         if scheduler.config.rescale_betas_zero_snr and self.prediction_type == "epsilon":
@@ -104,16 +105,15 @@ class DDPMObjective(Objective):
         self.input_perturbation = input_perturbation
         # After any rescaling of the betas, which the scheduler has done: the SNR table must see the rescaled ones.
         alphas_cumprod = scheduler.alphas_cumprod.double()
-        self.alphas = alphas_cumprod.sqrt().float()  # (T,)
-        self.sigmas = (1 - alphas_cumprod).sqrt().float()  # (T,)
-        self.snr = (alphas_cumprod / (1 - alphas_cumprod)).float()  # (T,)
+        self.alphas = alphas_cumprod.sqrt().float().to(device)  # (T,)
+        self.sigmas = (1 - alphas_cumprod).sqrt().float().to(device)  # (T,)
+        self.snr = (alphas_cumprod / (1 - alphas_cumprod)).float().to(device)  # (T,)
 
     def sample_timesteps(self, uniform: Tensor) -> Tensor:
         return (uniform * len(self.alphas)).long()  # (B,) in {0, ..., T - 1}
 
     def alpha_sigma(self, timesteps: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
-        alphas, sigmas = self.alphas.to(timesteps.device), self.sigmas.to(timesteps.device)
-        return append_dims(alphas[timesteps], ndim), append_dims(sigmas[timesteps], ndim)
+        return append_dims(self.alphas[timesteps], ndim), append_dims(self.sigmas[timesteps], ndim)
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         alpha, sigma = self.alpha_sigma(timesteps, latents.ndim)
@@ -136,7 +136,7 @@ class DDPMObjective(Objective):
     def loss_weight(self, timesteps: Tensor) -> Tensor:
         if self.snr_gamma is None:
             return super().loss_weight(timesteps)
-        snr = self.snr.to(timesteps.device)[timesteps]
+        snr = self.snr[timesteps]
         return MIN_SNR_WEIGHTS[self.prediction_type](snr, self.snr_gamma).clamp(min=MIN_LOSS_WEIGHT)
 
 

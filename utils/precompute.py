@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
@@ -94,7 +93,7 @@ def load_encoders(args: Namespace, has_captions: bool) -> Encoders:
     for.
     """
     vae = codecs.load_vae(args.pretrained_vae_model_name_or_path)
-    factor = codecs.downsampling_factor(vae)
+    channels, factor = codecs.measure_shape(vae)
     if args.resolution % factor:
         raise UserError(
             f"--resolution: {args.resolution} is not divisible by {factor}, the downsampling factor of the VAE "
@@ -103,8 +102,7 @@ def load_encoders(args: Namespace, has_captions: bool) -> Encoders:
     if args.latent_content == "moments" and not codecs.has_posterior(vae):
         raise UserError(f"--latent_content moments: {type(vae).__name__} has no posterior; use mean")
     content = args.latent_content or ("moments" if codecs.has_posterior(vae) else "mean")
-    shape = codecs.encode(vae, torch.zeros(1, 3, args.resolution, args.resolution))[0].shape[1:]
-    encoders = Encoders(vae, content, tuple(shape))
+    encoders = Encoders(vae, content, (channels, args.resolution // factor, args.resolution // factor))
     if has_captions:
         encoders.tokenizer, encoders.text_encoder = load_text_encoder(
             args.pretrained_text_encoder_name_or_path, args.text_encoder_library, args.tokenizer_name

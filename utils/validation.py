@@ -31,6 +31,8 @@ def save_grid(
     if not accelerator.is_main_process:
         return
     count = args.num_validation_images
+    frozen_parts = [part for part in (frozen.vae, frozen.text_encoder) if part is not None]
+    homes = [part.device for part in frozen_parts]
     pipeline = make_pipeline(model, frozen)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(accelerator.device)
@@ -47,7 +49,8 @@ def save_grid(
             pipeline(**condition, **settings, generator=image_generators(0, row * count, count)).images
             for row, condition in enumerate(conditions or [{}])
         ]
-    frozen.vae.to("cpu")  # the memory belongs to training
+    for part, home in zip(frozen_parts, homes, strict=True):
+        part.to(home)  # the memory belongs to training
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
     grid = labelled_grid(rows, names or [""])
