@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
         nargs="+",
         type=non_negative_int,
         default=None,
-        help="Labels that are sampled on the way.",
+        help="Labels that are sampled on the way; the first ten by default.",
     )
     shared.add_run_args(parser)
     shared.add_model_args(parser)
@@ -48,18 +48,23 @@ def parse_args() -> argparse.Namespace:
     args = parse_with_config(parser)
     required(args, "output_dir")
     shared.check_objective_args(args)
+    shared.check_ema_args(args)
+    if not args.unconditional:
+        shared.check_condition_column(args, "label_column")
     return args
 
 
-def check_labels(args: argparse.Namespace, labels: dict | None) -> None:
-    """Refuses validation labels that the data does not have."""
-    for label in args.validation_labels or []:
-        if args.unconditional:
-            raise UserError(
-                "--validation_labels with --unconditional: an unconditional model knows no labels; leave one out"
-            )
-        if labels and label >= labels["num_classes"]:
-            raise UserError(f"--validation_labels: {label}, but the classes are 0 to {labels['num_classes'] - 1}")
+def validation_labels(args: argparse.Namespace, labels: dict | None) -> list[int]:
+    """The labels of the validation grids; none of an unconditional model. Raises UserError for one that is not."""
+    if args.unconditional:
+        if args.validation_labels:
+            raise UserError("--validation_labels with --unconditional: the model knows no labels; leave one out")
+        return []
+    num_classes = labels["num_classes"] if labels else 0
+    wrong = [label for label in args.validation_labels or [] if label >= num_classes]
+    if wrong:
+        raise UserError(f"--validation_labels: {wrong[0]}, but the classes are 0 to {num_classes - 1}")
+    return args.validation_labels or list(range(min(10, num_classes)))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -79,7 +84,8 @@ def main(args: argparse.Namespace) -> None:
     objective, scheduler = build.build_objective(args, accelerator.device)
     frozen = export.load_frozen_parts(cache.spec, cache.normalisation, scheduler)
     denoiser = build.build_denoiser(args, cache, condition="none" if args.unconditional else "class")
-    check_labels(args, cache.spec.labels)
+    labels = validation_labels(args, cache.spec.labels)
+    label_names = (cache.spec.labels or {}).get("names")
     if args.enable_xformers_memory_efficient_attention:
         optimization.enable_xformers(denoiser.model, accelerator.device)
 
@@ -137,11 +143,11 @@ def main(args: argparse.Namespace) -> None:
             progress.set_postfix(step_log.flush(learning_rate, done))
         if done % args.checkpointing_steps == 0 or done == args.max_train_steps:
             checkpoints.save_checkpoint(accelerator, output_dir, done, ema, run_identity, args.checkpoints_total_limit)
-        wants_grid = args.validation_labels or args.unconditional
-        if wants_grid and (done % args.validation_steps == 0 or done == args.max_train_steps):
+        if done % args.validation_steps == 0 or done == args.max_train_steps:
             with run.averaged_weights(model, ema):
-                labels, names = args.validation_labels, (cache.spec.labels or {}).get("names")
-                validation.save_grid(args, accelerator, model, frozen, done, class_labels=labels, label_names=names)
+                validation.save_grid(
+                    args, accelerator, model, frozen, done, class_labels=labels, label_names=label_names
+                )
     progress.close()
 
     # Export

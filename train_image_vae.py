@@ -44,6 +44,7 @@ def parse_args() -> argparse.Namespace:
     shared.add_dataset_args(parser)
     args = parse_with_config(parser)
     required(args, "output_dir")
+    shared.check_ema_args(args)
     return args
 
 

@@ -35,6 +35,9 @@ def parse_args() -> argparse.Namespace:
     args = parse_with_config(parser)
     required(args, "output_dir")
     shared.check_objective_args(args)
+    shared.check_ema_args(args)
+    shared.check_condition_column(args, "caption_column")
+    shared.check_validation_args(args)
     return args
 
 

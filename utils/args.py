@@ -101,6 +101,12 @@ def add_condition_args(parser: ArgumentParser) -> None:
     )
 
 
+def check_condition_column(args: Namespace, name: str) -> None:
+    """Refuses a dataset without the column that the model is conditioned on, before it is encoded."""
+    if (args.dataset_name or args.train_data_dir) and getattr(args, name) is None:
+        raise UserError(f"--{name} is required with a dataset: name the column that holds the {name.split('_')[0]}s")
+
+
 def add_cache_args(parser: ArgumentParser) -> None:
     """The frozen models and what is stored of what they give."""
     group = parser.add_argument_group("latent cache")
@@ -275,6 +281,12 @@ def add_ema_args(parser: ArgumentParser) -> None:
     group.add_argument("--ema_decay", type=fraction, default=0.9999, help="Decay per step, after a warm-up.")
 
 
+def check_ema_args(args: Namespace) -> None:
+    """Refuses a decay of an average that is not kept."""
+    if not args.use_ema and "ema_decay" in args.typed:
+        raise UserError("--ema_decay with --no-use_ema: no average is kept; leave one out")
+
+
 def add_validation_args(parser: ArgumentParser, what: str) -> None:
     """Pictures on the way."""
     group = parser.add_argument_group("validation")
@@ -288,3 +300,11 @@ def add_validation_args(parser: ArgumentParser, what: str) -> None:
     group.add_argument(
         "--validation_inference_steps", type=positive_int, default=25, help="Sampler steps of those grids."
     )
+
+
+def check_validation_args(args: Namespace) -> None:
+    """Refuses settings of grids that are not made."""
+    names = ("validation_steps", "validation_guidance_scale", "num_validation_images", "validation_inference_steps")
+    for name in names:
+        if name in args.typed and not args.validation_prompts:
+            raise UserError(f"--{name} without --validation_prompts: there is nothing to sample; give some prompts")

@@ -33,18 +33,7 @@ def open_cache(args: Namespace, accelerator: Accelerator, output_dir: Path) -> L
     if not args.latents_dir:
         raise UserError("give --latents_dir (a latent cache), or --dataset_name or --train_data_dir to make one")
     spec = LatentSpec.read(args.latents_dir)
-    asked: dict[str, Any] = {}
-    for name in ("resolution", "random_flip"):
-        if name in args.given:
-            asked[name] = getattr(args, name)
-    if "pretrained_vae_model_name_or_path" in args.given:
-        vae_name = args.pretrained_vae_model_name_or_path
-        asked["vae"] = codecs.describe(codecs.load_vae(vae_name), vae_name)
-    if "pretrained_text_encoder_name_or_path" in args.given and spec.text_encoder:
-        name = args.pretrained_text_encoder_name_or_path
-        _, text_encoder = load_text_encoder(name, args.text_encoder_library, args.tokenizer_name)
-        asked["text_encoder"] = codecs.describe(text_encoder, name)
-    check_fingerprint(spec.fingerprint, asked, args.latents_dir)
+    check_fingerprint(spec.fingerprint, asked_of_cache(args, spec), args.latents_dir)
     # args.yaml should tell what was trained on, and not the defaults of flags that played no part.
     args.resolution, args.random_flip = spec.fingerprint["resolution"], spec.flips
     args.pretrained_vae_model_name_or_path = spec.vae
@@ -52,6 +41,46 @@ def open_cache(args: Namespace, accelerator: Accelerator, output_dir: Path) -> L
         args.pretrained_text_encoder_name_or_path = spec.text_encoder["name"]
         args.text_encoder_library, args.tokenizer_name = spec.text_encoder["library"], spec.text_encoder["tokenizer"]
     return LatentCache(args.latents_dir, args.latent_normalisation)
+
+
+# Flags that play a part only while a cache is made, and leave no mark in it.
+MAKING_FLAGS = (
+    "dataset_config_name",
+    "dataset_revision",
+    "dataset_split",
+    "streaming",
+    "max_skipped_fraction",
+    "encode_batch_size",
+    "rows_per_shard",
+    "max_cached_captions",
+    "decode_workers",
+)
+
+
+def asked_of_cache(args: Namespace, spec: LatentSpec) -> dict[str, Any]:
+    """The part of a cache's fingerprint that the given flags decide. Raises UserError for idle ones."""
+    for name in MAKING_FLAGS:
+        if name in args.typed:
+            raise UserError(
+                f"--{name} has no effect on a finished cache (--latents_dir {args.latents_dir}); leave it out"
+            )
+    names = {"resolution": "resolution", "random_flip": "random_flip", "max_samples": "max_samples"}
+    names |= {"latent_content": "content"}
+    asked = {key: getattr(args, name) for name, key in names.items() if name in args.given}
+    columns = {kind: f"{kind}_column" for kind in ("image", "caption", "label")}
+    if any(name in args.given for name in columns.values()):
+        given = {kind: getattr(args, name) for kind, name in columns.items() if name in args.given}
+        asked["columns"] = spec.fingerprint["columns"] | given
+    if "center_crop" in args.given:
+        asked["crop"] = "center" if args.center_crop else f"random, seed {args.seed}"
+    if "pretrained_vae_model_name_or_path" in args.given:
+        name = args.pretrained_vae_model_name_or_path
+        asked["vae"] = codecs.describe(codecs.load_vae(name), name)
+    if "pretrained_text_encoder_name_or_path" in args.given and spec.text_encoder:
+        name = args.pretrained_text_encoder_name_or_path
+        _, text_encoder = load_text_encoder(name, args.text_encoder_library, args.tokenizer_name)
+        asked["text_encoder"] = codecs.describe(text_encoder, name)
+    return asked
 
 
 def build_objective(args: Namespace, device: torch.device) -> tuple[Objective, Any]:

@@ -66,7 +66,8 @@ def fraction(text: str) -> float:
 def parse_with_config(parser: ArgumentParser, argv: list[str] | None = None) -> Namespace:
     """Parses the command line over `--config FILE.yaml` over the defaults.
 
-    The result has one more attribute, `given`: the names that the command line or the file set.
+    The result has two more attributes: `typed`, the names on the command line, and `given`, those and the ones
+    that the file sets to something other than the default.
     """
     parser.add_argument(
         "--config", metavar="FILE.yaml", default=None, help="YAML file of these flags; the command line wins."
@@ -74,13 +75,11 @@ def parse_with_config(parser: ArgumentParser, argv: list[str] | None = None) -> 
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     args = parser.parse_args(argv, Namespace(**dict.fromkeys(actions, UNSET)))
     from_file = {} if args.config is UNSET else read_config(args.config, actions)
-    given = set(from_file)
+    args.typed = {name for name in actions if getattr(args, name) is not UNSET} - {"config"}
+    args.given = args.typed | {name for name, value in from_file.items() if value != actions[name].default}
     for name, action in actions.items():
-        if getattr(args, name) is not UNSET:
-            given.add(name)
-        else:
+        if getattr(args, name) is UNSET:
             setattr(args, name, from_file.get(name, action.default))
-    args.given = given - {"config"}
     return args
 
 

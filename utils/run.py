@@ -73,7 +73,7 @@ def save_args(args: Namespace, output_dir: Path, accelerator: Accelerator) -> No
     """Writes `args.yaml`, which as --config repeats the run; from then on the folder is this run's."""
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        saved = {name: value for name, value in sorted(vars(args).items()) if name not in ("config", "given")}
+        saved = {name: value for name, value in sorted(vars(args).items()) if name not in ("config", "given", "typed")}
         write_text(output_dir / "args.yaml", yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
 
 

@@ -1,0 +1,144 @@
+"""Scripts in processes of their own, forked from one that has imported everything: a real process, which can be killed
+and has its own rank, for a tenth of a second instead of the ten that the imports cost."""
+
+import hashlib
+import multiprocessing
+import os
+import random
+import runpy
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# One thread, so that runs can be compared bit for bit, and never a GPU: a process forked after CUDA started cannot use it.
+ENVIRONMENT = {
+    "ACCELERATE_USE_CPU": "true",
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": str(ROOT),
+}
+PRELOADED = ["bitsandbytes", "torch.utils.tensorboard", "utils.build", "utils.precompute", "utils.requests", "utils.validation"]
+_context = multiprocessing.get_context("forkserver")
+
+
+def _start_fork_server() -> None:
+    from multiprocessing.forkserver import ensure_running
+
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ.update(ENVIRONMENT)  # the server hands its own environment to every process
+    try:
+        _context.set_forkserver_preload(PRELOADED)
+        ensure_running()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _run_as_main(script: str, flags: list[str], environment: dict[str, str], out: str, err: str) -> None:
+    """In the new process: the script as `python script flags` would run it."""
+    for descriptor, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv = [script, *flags]
+    runpy.run_path(script, run_name="__main__")
+
+
+@dataclass
+class Result:
+    """What `subprocess.run` would give. `returncode` is the first one that is not 0, over all ranks."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Running:
+    """A script under way, in one process or several ranks of gloo."""
+
+    def __init__(self, script: str, flags: tuple[object, ...], processes: int):
+        _start_fork_server()
+        self.folder = Path(tempfile.mkdtemp(prefix="run-"))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.ranks = []
+        for rank in range(processes):
+            environment = {} if processes == 1 else {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            }  # fmt: skip
+            logs = (str(self.folder / f"out{rank}"), str(self.folder / f"err{rank}"))
+            arguments = (str(ROOT / script), list(map(str, flags)), environment, *logs)
+            self.ranks.append(_context.Process(target=_run_as_main, args=arguments, daemon=True))
+        for process in self.ranks:
+            process.start()
+
+    def is_alive(self) -> bool:
+        return all(process.is_alive() for process in self.ranks)
+
+    def kill(self) -> None:
+        """SIGKILL to every rank."""
+        for process in self.ranks:
+            process.kill()
+        for process in self.ranks:
+            process.join()
+
+    def kill_when(self, condition: Callable[[], bool], delay: float = 0.0, timeout: float = 120) -> bool:
+        """SIGKILL `delay` seconds after `condition()` holds; False if the script had ended before."""
+        deadline = time.monotonic() + timeout
+        while self.is_alive() and not condition():
+            if time.monotonic() > deadline:
+                self.kill()
+                raise AssertionError(f"waited {timeout} s in vain\n{self.wait().stderr}")
+            time.sleep(0.001)
+        time.sleep(delay)
+        was_alive = self.is_alive()
+        self.kill()
+        return was_alive
+
+    def wait(self, timeout: float = 180) -> Result:
+        deadline = time.monotonic() + timeout
+        for process in self.ranks:
+            process.join(max(0.0, deadline - time.monotonic()))
+        ended = all(process.exitcode is not None for process in self.ranks)
+        self.kill()
+        out, err = ("".join(path.read_text() for path in sorted(self.folder.glob(f"{name}*"))) for name in ("out", "err"))
+        assert ended, f"still running after {timeout} s\n{out}\n{err}"
+        codes = [process.exitcode for process in self.ranks]
+        return Result(next((code for code in codes if code), 0), out, err)
+
+
+def start(script: str, *flags: object, processes: int = 1) -> Running:
+    """Starts a script and returns at once."""
+    return Running(script, flags, processes)
+
+
+def run(script: str, *flags: object, processes: int = 1, check: bool = True) -> Result:
+    """Runs a script to its end; fails, with all it printed, if its exit code is not 0."""
+    result = start(script, *flags, processes=processes).wait()
+    if check and result.returncode:
+        raise AssertionError(f"{script} {' '.join(map(str, flags))}\nexit code {result.returncode}\n{result.stdout}\n{result.stderr}")
+    return result
+
+
+def snapshot(*folders: Path) -> dict[str, str]:
+    """Every file and folder below `folders` with the sha256 of its content."""
+    paths = [path for folder in folders for path in [folder, *folder.rglob("*")] if path.exists()]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "" for path in paths}
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """The same with names relative to `folder`: equal for folders that hold the same."""
+    return {str(Path(name).relative_to(folder)): digest for name, digest in snapshot(folder).items()}
+
+
+def random_delays(seed: int, count: int, longest: float) -> list[float]:
+    return [random.Random(seed * 1000 + i).uniform(0, longest) for i in range(count)]
