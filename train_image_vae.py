@@ -10,6 +10,7 @@ give OUTPUT_DIR to precompute_latents.py as --pretrained_vae_model_name_or_path.
 import argparse
 from pathlib import Path
 
+from utils import arg_checks
 from utils import args as shared
 from utils.parsing import non_negative_float, parse_with_config, positive_int, required, run_script
 
@@ -44,7 +45,7 @@ def parse_args() -> argparse.Namespace:
     shared.add_dataset_args(parser)
     args = parse_with_config(parser)
     required(args, "output_dir")
-    shared.check_ema_args(args)
+    arg_checks.check_ema_args(args)
     return args
 
 
@@ -52,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from utils import checkpoints, optimization, run, vae_training
+    from utils import build, checkpoints, optimization, run, vae_training
     from utils.draws import SampleDraws
     from utils.ema import EMA
     from utils.image_stream import to_pixels
@@ -62,12 +63,19 @@ def main(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
     accelerator = run.make_accelerator(args, output_dir)
     run.check_output_dir(output_dir, args.resume_from_checkpoint, accelerator)
-    stream, data_identity = vae_training.open_stream(args)
+    stream, data_identity = build.open_images(args)
     vae = build_vae(args.vae_size, args.resolution)
 
     # Prepare
     autoencoder = TrainableVAE(vae)
-    optimizer = optimization.make_optimizer(args, autoencoder)
+    optimizer = optimization.make_optimizer(
+        autoencoder,
+        args.learning_rate,
+        (args.adam_beta1, args.adam_beta2),
+        args.adam_weight_decay,
+        args.adam_epsilon,
+        args.use_8bit_adam,
+    )
     autoencoder, optimizer = accelerator.prepare(autoencoder, optimizer)
     model = accelerator.unwrap_model(autoencoder)
     ema = EMA(model, args.ema_decay) if args.use_ema else None

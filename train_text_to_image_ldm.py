@@ -10,6 +10,7 @@ folder that sample.py and diffusers load.
 import argparse
 from pathlib import Path
 
+from utils import arg_checks
 from utils import args as shared
 from utils.parsing import fraction, parse_with_config, required, run_script
 
@@ -34,10 +35,10 @@ def parse_args() -> argparse.Namespace:
     shared.add_cache_args(parser)
     args = parse_with_config(parser)
     required(args, "output_dir")
-    shared.check_objective_args(args)
-    shared.check_ema_args(args)
-    shared.check_condition_column(args, "caption_column")
-    shared.check_validation_args(args)
+    arg_checks.check_objective_args(args)
+    arg_checks.check_ema_args(args)
+    arg_checks.check_condition_column(args, "caption_column")
+    arg_checks.check_validation_args(args)
     return args
 
 
@@ -68,7 +69,14 @@ def main(args: argparse.Namespace) -> None:
         optimization.enable_xformers(denoiser.model, accelerator.device)
 
     # Prepare
-    optimizer = optimization.make_optimizer(args, denoiser)
+    optimizer = optimization.make_optimizer(
+        denoiser,
+        args.learning_rate,
+        (args.adam_beta1, args.adam_beta2),
+        args.adam_weight_decay,
+        args.adam_epsilon,
+        args.use_8bit_adam,
+    )
     denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
     model = accelerator.unwrap_model(denoiser)
     ema = EMA(model, args.ema_decay) if args.use_ema else None
@@ -79,6 +87,14 @@ def main(args: argparse.Namespace) -> None:
         export.save_frozen_parts(output_dir, model, frozen)
     if args.torch_compile:
         denoiser = torch.compile(denoiser)
+    grids = validation.Grids(
+        accelerator,
+        frozen,
+        output_dir / "samples",
+        args.num_validation_images,
+        args.validation_guidance_scale,
+        args.validation_inference_steps,
+    )
     batches = iter(run.make_loader(LatentStream(cache, args.seed), args, accelerator, first_step))
     run.announce(args, accelerator, model, len(cache), first_step)
     step_log = run.StepLog(accelerator, run.samples_per_step(args, accelerator))
@@ -126,14 +142,17 @@ def main(args: argparse.Namespace) -> None:
             checkpoints.save_checkpoint(accelerator, output_dir, done, ema, run_identity, args.checkpoints_total_limit)
         if args.validation_prompts and (done % args.validation_steps == 0 or done == args.max_train_steps):
             with run.averaged_weights(model, ema):
-                validation.save_grid(args, accelerator, model, frozen, done, prompts=args.validation_prompts)
+                grids.save(model, done, prompts=args.validation_prompts)
     progress.close()
 
     # Export
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with run.averaged_weights(model, ema):
-            export.export_run(output_dir, model, frozen, export.model_card(args, cache.spec))
+            card = export.model_card(
+                cache.spec, args.prediction_type, args.max_train_steps, args.train_batch_size, args.use_ema
+            )
+            export.export_run(output_dir, model, frozen, card)
     accelerator.end_training()
 
 

@@ -85,7 +85,7 @@ def dataset(*flags):
 def trains(script, *flags):
     return lambda w, out: (
         script,
-        ["--latents_dir", w.cache, "--output_dir", out, "--max_train_steps", 2]
+        ["--latents_dir", w.cache, "--output_dir", out, "--max_train_steps", 2, "--model_size", "tiny"]
         + [f(w) if callable(f) else f for f in flags],
     )
 
@@ -247,17 +247,17 @@ TRAINING = {
     ),
     "model config that is not YAML": (trains(CLASS, "--model_config", given("not.yaml")), ["--model_config", "not.yaml"]),
     "xformers on the CPU": (
-        trains(TEXT, "--model_size", "tiny", "--enable_xformers_memory_efficient_attention"),
+        trains(TEXT, "--enable_xformers_memory_efficient_attention"),
         ["--enable_xformers_memory_efficient_attention", "CUDA", "cpu"],
     ),
     "unknown tracker": (trains(CLASS, "--report_to", "abacus"), ["--report_to", "abacus", "tensorboard"]),
     "validation label outside": (
-        trains(CLASS, "--model_size", "tiny", "--validation_labels", 0, 3),
+        trains(CLASS, "--validation_labels", 0, 3),
         ["--validation_labels: 3", "0 to 2"],
     ),
     "negative validation label": (trains(CLASS, "--validation_labels", -1), ["--validation_labels", "-1"]),
     "validation labels without labels": (
-        trains(CLASS, "--model_size", "tiny", "--unconditional", "--validation_labels", 0),
+        trains(CLASS, "--unconditional", "--validation_labels", 0),
         ["--validation_labels", "--unconditional"],
     ),
     "no config file": (trains(TEXT, "--config", given("no.yaml")), ["--config", "no.yaml", "does not exist"]),

@@ -41,10 +41,14 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "precompute",
         "validation",
         "export",
+        "requests",
+        "optimization",
+        "arg_checks",
+        "vae_training",
     ),
 }
 # The modules of `utils` that may take the parsed arguments: run set-up, and the one script that others run first.
-SEES_ARGS = ("args", "parsing", "build", "run", "precompute")
+SEES_ARGS = ("args", "arg_checks", "parsing", "build", "run", "precompute")
 
 MAX_LINES_OF_SCRIPT, MAX_LINES_OF_UTILS, MAX_NESTING = 250, 300, 5
 HEAVY = {"open_clip", "bitsandbytes", "xformers", "peft", "pymatgen", "anndata", "torchmetrics", "gradio"}

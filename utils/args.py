@@ -4,16 +4,14 @@ Imports no torch: `--help` and every complaint about a flag come before anything
 """
 
 import os
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction
 
-from utils.errors import UserError
 from utils.parsing import (
     fraction,
     non_negative_float,
     non_negative_int,
     positive_float,
     positive_int,
-    refuse_together,
 )
 
 
@@ -99,12 +97,6 @@ def add_condition_args(parser: ArgumentParser) -> None:
         default=0.05,
         help="Stop if more than this share of images is unreadable.",
     )
-
-
-def check_condition_column(args: Namespace, name: str) -> None:
-    """Refuses a dataset without the column that the model is conditioned on, before it is encoded."""
-    if (args.dataset_name or args.train_data_dir) and getattr(args, name) is None:
-        raise UserError(f"--{name} is required with a dataset: name the column that holds the {name.split('_')[0]}s")
 
 
 def add_cache_args(parser: ArgumentParser) -> None:
@@ -225,32 +217,6 @@ def add_objective_args(parser: ArgumentParser) -> None:
     )
 
 
-def check_objective_args(args: Namespace) -> None:
-    """Refuses combinations that make no sense, with the reason."""
-    ddpm_only = ("snr_gamma", "noise_offset", "input_perturbation", "rescale_betas_zero_snr")
-    for name in ddpm_only:
-        if args.prediction_type == "flow" and getattr(args, name):
-            raise UserError(f"--{name} with --prediction_type flow: it belongs to the DDPM objectives; leave it out")
-    for name in ("timestep_density", "flow_shift", "beta_schedule"):
-        is_flow_flag = name != "beta_schedule"
-        # args.yaml of a finished run names every flag: only a value other than the default is a wish.
-        if is_flow_flag != (args.prediction_type == "flow") and getattr(args, name) not in (
-            "logit_normal",
-            1.0,
-            "scaled_linear",
-        ):
-            raise UserError(
-                f"--{name} with --prediction_type {args.prediction_type}: it has no meaning there; leave it out"
-            )
-    if args.rescale_betas_zero_snr and args.prediction_type == "epsilon":
-        raise UserError(
-            "--rescale_betas_zero_snr with --prediction_type epsilon: at zero SNR the input is all noise and nothing "
-            "is learnt; use v_prediction"
-        )
-    refuse_together(args, "rescale_betas_zero_snr", "noise_offset", "both correct the mean of images; use one")
-    refuse_together(args, "rescale_betas_zero_snr", "input_perturbation", "the last timestep has no signal to perturb")
-
-
 def add_optimizer_args(parser: ArgumentParser) -> None:
     """How weights move."""
     group = parser.add_argument_group("optimizer")
@@ -281,12 +247,6 @@ def add_ema_args(parser: ArgumentParser) -> None:
     group.add_argument("--ema_decay", type=fraction, default=0.9999, help="Decay per step, after a warm-up.")
 
 
-def check_ema_args(args: Namespace) -> None:
-    """Refuses a decay of an average that is not kept."""
-    if not args.use_ema and "ema_decay" in args.typed:
-        raise UserError("--ema_decay with --no-use_ema: no average is kept; leave one out")
-
-
 def add_validation_args(parser: ArgumentParser, what: str) -> None:
     """Pictures on the way."""
     group = parser.add_argument_group("validation")
@@ -300,11 +260,3 @@ def add_validation_args(parser: ArgumentParser, what: str) -> None:
     group.add_argument(
         "--validation_inference_steps", type=positive_int, default=25, help="Sampler steps of those grids."
     )
-
-
-def check_validation_args(args: Namespace) -> None:
-    """Refuses settings of grids that are not made."""
-    names = ("validation_steps", "validation_guidance_scale", "num_validation_images", "validation_inference_steps")
-    for name in names:
-        if name in args.typed and not args.validation_prompts:
-            raise UserError(f"--{name} without --validation_prompts: there is nothing to sample; give some prompts")

@@ -1,4 +1,4 @@
-"""The parts of a latent diffusion training, from its arguments: cache, denoiser, objective."""
+"""The parts of a training, from its arguments: data, cache, denoiser, objective."""
 
 import inspect
 from argparse import Namespace
@@ -12,10 +12,15 @@ from diffusers import UNet2DConditionModel
 
 from utils import codecs
 from utils.conditions import ClassCondition, NoCondition, TextCondition
+from utils.data_images import resolve_columns, undecoded
 from utils.errors import UserError
+from utils.files import sha256_json
+from utils.image_sources import dataset_identity, open_image_dataset
+from utils.image_stream import ImageStream
 from utils.latent_cache import LatentCache, LatentSpec, check_fingerprint
 from utils.models.denoiser import ConditionalDenoiser
 from utils.models.dit import DIT_SIZES, DiT
+from utils.models.image_vae import VAE_PRESETS
 from utils.models.unet import UNET_PRESETS, build_unet, unet_config
 from utils.objectives import OBJECTIVES, Objective, training_scheduler
 from utils.precompute import build_latent_cache
@@ -216,3 +221,22 @@ def read_model_config(path: str | None, model_class: type, preset: dict[str, Any
                 f"{preset.get(key)}; leave it out"
             )
     return values
+
+
+def open_images(args: Namespace) -> tuple[ImageStream, str]:
+    """The training images of the dataset flags, and a hash of what decides them. Raises UserError for bad input."""
+    factor = 2 ** (len(VAE_PRESETS[args.vae_size].block_out_channels) - 1)
+    if args.resolution % factor:
+        raise UserError(
+            f"--resolution: {args.resolution} is not divisible by {factor}, the factor of --vae_size {args.vae_size}"
+        )
+    source = (args.dataset_name, args.dataset_config_name, args.train_data_dir)
+    dataset = open_image_dataset(*source, split=args.dataset_split, revision=args.dataset_revision)
+    columns = resolve_columns(dataset, args.image_column, None, None)
+    identity = dataset_identity(dataset, *source, args.dataset_split, args.dataset_revision)
+    dataset = undecoded(dataset.select_columns([columns.image]), columns.image)
+    if args.max_samples is not None:
+        dataset = dataset.select(range(min(args.max_samples, len(dataset))))
+    stream = ImageStream(dataset, columns.image, args.resolution, args.center_crop, args.random_flip, args.seed)
+    settings = [args.resolution, args.center_crop, args.random_flip, args.max_samples]
+    return stream, sha256_json([identity, settings])

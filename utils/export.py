@@ -6,7 +6,6 @@ StableDiffusionPipeline.
 """
 
 import shutil
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,24 +207,19 @@ def load_denoiser(run_dir: Path, name: str, checkpoint: Path | None) -> Conditio
     return denoiser.eval()
 
 
-def model_card(args: Namespace, spec: LatentSpec) -> str:
+def model_card(spec: LatentSpec, prediction_type: str, num_steps: int, batch_size: int, use_ema: bool) -> str:
     """The README.md of a run: what it is, what it was trained on, how to sample it."""
-    kind = (
-        "text-to-image"
-        if spec.captions and hasattr(args, "validation_prompts")
-        else "class-conditional or unconditional"
-    )
     dataset = spec.fingerprint["dataset"]
     name = dataset.get("name") or dataset.get("dataset_name") or "a local dataset"
     return f"""---
 library_name: diffusers
 tags: [diffusion, latent-diffusion, trained-from-scratch]
 ---
-# A {kind} latent diffusion model
+# A latent diffusion model
 
 Trained from scratch on {name} ({spec.num_rows} images at {spec.fingerprint["resolution"]} pixels) for
-{args.max_train_steps} steps of {args.train_batch_size} samples per process, prediction type `{args.prediction_type}`,
-in the latents of `{spec.vae}`. The weights are {"their moving average" if args.use_ema else "the last ones"};
+{num_steps} steps of {batch_size} samples per process, prediction type `{prediction_type}`,
+in the latents of `{spec.vae}`. The weights are {"their moving average" if use_ema else "the last ones"};
 `args.yaml` repeats the run.
 
     python sample.py --model THIS_FOLDER --guidance_scale 7.5

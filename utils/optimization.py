@@ -1,7 +1,6 @@
 """Optimizers and the learning rate, which is a pure function of the step."""
 
 import math
-from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
@@ -37,16 +36,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate
 
 
-def make_optimizer(args: Namespace, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module,
+    learning_rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    epsilon: float,
+    use_8bit_adam: bool,
+) -> torch.optim.Optimizer:
     """AdamW over all trainable parameters: torch's fused one, or the 8-bit one of bitsandbytes."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    settings: dict[str, Any] = {
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "weight_decay": args.adam_weight_decay,
-        "eps": args.adam_epsilon,
-    }
-    if not args.use_8bit_adam:
+    settings: dict[str, Any] = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "eps": epsilon}
+    if not use_8bit_adam:
         return torch.optim.AdamW(parameters, fused=True, **settings)
     try:
         import bitsandbytes

@@ -4,7 +4,6 @@ latents.
 
 import logging
 import math
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -14,33 +13,10 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from utils.cache_writer import ChannelSums
-from utils.data_images import resolve_columns, undecoded
-from utils.errors import UserError
-from utils.files import sha256_json
-from utils.image_sources import dataset_identity, open_image_dataset
 from utils.image_stream import ImageStream, to_pixels
-from utils.models.image_vae import VAE_PRESETS, TrainableVAE
+from utils.models.image_vae import TrainableVAE
 
 logger = logging.getLogger(__name__)
-
-
-def open_stream(args: Namespace) -> tuple[ImageStream, str]:
-    """The training images of the dataset flags, and a hash of what decides them. Raises UserError for bad input."""
-    factor = 2 ** (len(VAE_PRESETS[args.vae_size].block_out_channels) - 1)
-    if args.resolution % factor:
-        raise UserError(
-            f"--resolution: {args.resolution} is not divisible by {factor}, the factor of --vae_size {args.vae_size}"
-        )
-    source = (args.dataset_name, args.dataset_config_name, args.train_data_dir)
-    dataset = open_image_dataset(*source, split=args.dataset_split, revision=args.dataset_revision)
-    columns = resolve_columns(dataset, args.image_column, None, None)
-    identity = dataset_identity(dataset, *source, args.dataset_split, args.dataset_revision)
-    dataset = undecoded(dataset.select_columns([columns.image]), columns.image)
-    if args.max_samples is not None:
-        dataset = dataset.select(range(min(args.max_samples, len(dataset))))
-    stream = ImageStream(dataset, columns.image, args.resolution, args.center_crop, args.random_flip, args.seed)
-    settings = [args.resolution, args.center_crop, args.random_flip, args.max_samples]
-    return stream, sha256_json([identity, settings])
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
-"""Pictures on the way: grids of validation samples, made from the averaged weights."""
+"""Pictures on the way: grids of validation samples."""
 
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -13,54 +12,65 @@ from utils.models.denoiser import ConditionalDenoiser
 from utils.sampling import image_generators, labelled_grid
 
 
-def save_grid(
-    args: Namespace,
-    accelerator: Accelerator,
-    model: ConditionalDenoiser,
-    frozen: FrozenParts,
-    global_step: int,
-    prompts: list[str] | None = None,
-    class_labels: list[int] | None = None,
-    label_names: list[str] | None = None,
-) -> None:
-    """Samples `num_validation_images` for each prompt or label (or unconditionally) into `samples/step-N.png` and the
-    trackers.
-
-    Always the same noise, so that grids compare. Does not touch the random state of training.
+class Grids:
+    """Samples `num_images` for each prompt or label (or unconditionally), always from the same noise, so that
+    grids of a run compare. Does not touch the random state of training.
     """
-    if not accelerator.is_main_process:
-        return
-    count = args.num_validation_images
-    frozen_parts = [part for part in (frozen.vae, frozen.text_encoder) if part is not None]
-    homes = [part.device for part in frozen_parts]
-    pipeline = make_pipeline(model, frozen)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(accelerator.device)
-    settings: dict[str, Any] = {
-        "guidance_scale": args.validation_guidance_scale,
-        "num_inference_steps": args.validation_inference_steps,
-        "num_images_per_prompt": count,
-    }
-    conditions: list[dict[str, Any]] = [{"prompt": text} for text in prompts or []]
-    conditions += [{"class_labels": label} for label in class_labels or []]
-    names = list(prompts or []) + [label_names[i] if label_names else str(i) for i in class_labels or []]
-    with accelerator.autocast():
-        rows = [
-            pipeline(**condition, **settings, generator=image_generators(0, row * count, count)).images
-            for row, condition in enumerate(conditions or [{}])
-        ]
-    for part, home in zip(frozen_parts, homes, strict=True):
-        part.to(home)  # the memory belongs to training
-    if accelerator.device.type == "cuda":
-        torch.cuda.empty_cache()
-    grid = labelled_grid(rows, names or [""])
-    folder = Path(args.output_dir) / "samples"
-    folder.mkdir(exist_ok=True)
-    grid.save(folder / f"step-{global_step:07d}.png")
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_image(
-                "validation (EMA)" if args.use_ema else "validation", np.asarray(grid), global_step, dataformats="HWC"
-            )
-        elif hasattr(tracker, "log_images"):
-            tracker.log_images({"validation": [grid]}, step=global_step)
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        frozen: FrozenParts,
+        folder: Path,
+        num_images: int,
+        guidance_scale: float,
+        num_inference_steps: int,
+    ):
+        self.accelerator, self.frozen, self.folder = accelerator, frozen, folder
+        self.settings: dict[str, Any] = {
+            "guidance_scale": guidance_scale,
+            "num_inference_steps": num_inference_steps,
+            "num_images_per_prompt": num_images,
+        }
+
+    def save(
+        self,
+        model: ConditionalDenoiser,
+        global_step: int,
+        prompts: list[str] | None = None,
+        class_labels: list[int] | None = None,
+        label_names: list[str] | None = None,
+    ) -> None:
+        """Writes `step-N.png` and the same to the trackers, from the weights that `model` has now."""
+        if not self.accelerator.is_main_process:
+            return
+        conditions: list[dict[str, Any]] = [{"prompt": text} for text in prompts or []]
+        conditions += [{"class_labels": label} for label in class_labels or []]
+        names = list(prompts or []) + [label_names[i] if label_names else str(i) for i in class_labels or []]
+        grid = labelled_grid(self.sample(model, conditions or [{}]), names or [""])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        grid.save(self.folder / f"step-{global_step:07d}.png")
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.writer.add_image("validation", np.asarray(grid), global_step, dataformats="HWC")
+            elif hasattr(tracker, "log_images"):
+                tracker.log_images({"validation": [grid]}, step=global_step)
+
+    def sample(self, model: ConditionalDenoiser, conditions: list[dict[str, Any]]) -> list[list[Any]]:
+        """A row of images for each condition."""
+        frozen_parts = [part for part in (self.frozen.vae, self.frozen.text_encoder) if part is not None]
+        homes = [part.device for part in frozen_parts]
+        pipeline = make_pipeline(model, self.frozen)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.to(self.accelerator.device)
+        count = self.settings["num_images_per_prompt"]
+        rows = []
+        with self.accelerator.autocast():
+            for row, condition in enumerate(conditions):
+                generators = image_generators(0, row * count, count)
+                rows.append(pipeline(**condition, **self.settings, generator=generators).images)
+        for part, home in zip(frozen_parts, homes, strict=True):
+            part.to(home)  # the memory belongs to training
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return rows
