@@ -41,6 +41,8 @@ def parse_args() -> argparse.Namespace:
     args = parse_with_config(parser)
     if args.prompts_file and not Path(args.prompts_file).is_file():
         raise UserError(f"--prompts_file: the file {args.prompts_file} does not exist")
+    if args.output_dir and Path(args.output_dir).is_file():
+        raise UserError(f"--output_dir: {args.output_dir} is a file; give a new folder")
     if args.output_dir and Path(args.output_dir).is_dir() and any(Path(args.output_dir).iterdir()):
         raise UserError(f"--output_dir: {args.output_dir} is not empty; give a new folder")
     return args
@@ -57,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
     run_dir = Path(args.model) if args.model else requests.newest_run(Path("runs"))
     pipeline = load_run(run_dir)
     pipeline.scheduler = sampling.sampling_scheduler(pipeline.scheduler, args.scheduler)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = sampling.usable_device(args.device)
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     prompts = (args.prompt or []) + requests.read_prompts(args.prompts_file)

@@ -24,7 +24,14 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONPATH": str(ROOT),
 }
-PRELOADED = ["bitsandbytes", "torch.utils.tensorboard", "utils.build", "utils.precompute", "utils.requests", "utils.validation"]
+PRELOADED = [
+    "bitsandbytes",
+    "torch.utils.tensorboard",
+    "utils.build",
+    "utils.precompute",
+    "utils.requests",
+    "utils.validation",
+]
 _context = multiprocessing.get_context("forkserver")
 
 
@@ -110,7 +117,9 @@ class Running:
             process.join(max(0.0, deadline - time.monotonic()))
         ended = all(process.exitcode is not None for process in self.ranks)
         self.kill()
-        out, err = ("".join(path.read_text() for path in sorted(self.folder.glob(f"{name}*"))) for name in ("out", "err"))
+        out, err = (
+            "".join(path.read_text() for path in sorted(self.folder.glob(f"{name}*"))) for name in ("out", "err")
+        )
         assert ended, f"still running after {timeout} s\n{out}\n{err}"
         codes = [process.exitcode for process in self.ranks]
         return Result(next((code for code in codes if code), 0), out, err)
@@ -125,7 +134,9 @@ def run(script: str, *flags: object, processes: int = 1, check: bool = True) -> 
     """Runs a script to its end; fails, with all it printed, if its exit code is not 0."""
     result = start(script, *flags, processes=processes).wait()
     if check and result.returncode:
-        raise AssertionError(f"{script} {' '.join(map(str, flags))}\nexit code {result.returncode}\n{result.stdout}\n{result.stderr}")
+        raise AssertionError(
+            f"{script} {' '.join(map(str, flags))}\nexit code {result.returncode}\n{result.stdout}\n{result.stderr}"
+        )
     return result
 
 

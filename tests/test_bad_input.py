@@ -245,7 +245,10 @@ TRAINING = {
         trains(CLASS, "--model", "dit", "--model_size", "S/2", "--model_config", given("impossible.json")),
         ["--model_config", "33"],
     ),
-    "model config that is not YAML": (trains(CLASS, "--model_config", given("not.yaml")), ["--model_config", "not.yaml"]),
+    "model config that is not YAML": (
+        trains(CLASS, "--model_config", given("not.yaml")),
+        ["--model_config", "not.yaml"],
+    ),
     "xformers on the CPU": (
         trains(TEXT, "--enable_xformers_memory_efficient_attention"),
         ["--enable_xformers_memory_efficient_attention", "CUDA", "cpu"],
@@ -336,12 +339,24 @@ def test_bad_input_is_refused(name, world, tmp_path):
 
 def test_the_same_commands_without_the_fault_work(world, tmp_path):
     """The flags of the cases above are right but for the one at fault: otherwise they would pass for the wrong reason."""
-    run(*unpacked(precompute("--caption_column", "text", "--pretrained_text_encoder_name_or_path", lambda w: w.text_encoder), world, tmp_path / "cache"))
+    run(
+        *unpacked(
+            precompute("--caption_column", "text", "--pretrained_text_encoder_name_or_path", lambda w: w.text_encoder),
+            world,
+            tmp_path / "cache",
+        )
+    )
     run(*unpacked(trains(TEXT, *world.unet), world, tmp_path / "text"))
     run(*unpacked(trains(CLASS, *world.dit), world, tmp_path / "class"))
     run(*unpacked(samples("text_run", "--prompt", "red", "--num_inference_steps", 1), world, tmp_path / "images"))
     run(*unpacked(samples("class_run", "--class_labels", 2, "--num_inference_steps", 1), world, tmp_path / "more"))
-    made = ["cache/latent_spec.json", "text/model_index.json", "class/model_index.json", "images/grid.png", "more/grid.png"]
+    made = [
+        "cache/latent_spec.json",
+        "text/model_index.json",
+        "class/model_index.json",
+        "images/grid.png",
+        "more/grid.png",
+    ]
     assert [name for name in made if not (tmp_path / name).is_file()] == []
 
 

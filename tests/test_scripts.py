@@ -176,3 +176,16 @@ def test_image_vae_measures_its_latents(image_folder, tmp_path):
     assert (tmp_path / "vae" / "samples" / "step-0000030.png").is_file()
     saved = yaml.safe_load((tmp_path / "vae" / "args.yaml").read_text())
     assert saved["vae_size"] == "fast"
+
+
+def test_the_two_trainers_share_their_loop():
+    """What one optimizer step does is the same text in both trainers of latents."""
+    from conftest import ROOT
+
+    def step(script: str) -> str:
+        source = (ROOT / script).read_text()
+        return source[source.index("            with accelerator.accumulate(") : source.index("        if done % args.validation_steps") - 200]
+
+    text, label = step("train_text_to_image_ldm.py"), step("train_class_cond_ldm.py")
+    assert "accelerator.backward(loss)" in text
+    assert text == label

@@ -75,6 +75,12 @@ def add_dataset_args(parser: ArgumentParser) -> None:
         default=False,
         help="Also encode the mirrored image; one is drawn per epoch.",
     )
+    group.add_argument(
+        "--alpha_background",
+        choices=["white", "grey", "black"],
+        default="white",
+        help="What transparent images are laid on.",
+    )
     group.add_argument("--max_samples", type=positive_int, default=None, help="Use the first N rows only.")
 
 

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 
 from utils import codecs
 from utils.conditions import ClassCondition, NoCondition, TextCondition
-from utils.data_images import resolve_columns, undecoded
+from utils.data_images import BACKGROUNDS, Framing, resolve_columns, undecoded
 from utils.errors import UserError
 from utils.files import sha256_json
 from utils.image_sources import dataset_identity, open_image_dataset
@@ -23,6 +22,7 @@ from utils.models.dit import DIT_SIZES, DiT
 from utils.models.image_vae import VAE_PRESETS
 from utils.models.unet import UNET_PRESETS, build_unet, unet_config
 from utils.objectives import OBJECTIVES, Objective, training_scheduler
+from utils.parsing import read_yaml
 from utils.precompute import build_latent_cache
 from utils.text_encoders import load_text_encoder
 
@@ -70,7 +70,7 @@ def asked_of_cache(args: Namespace, spec: LatentSpec) -> dict[str, Any]:
                 f"--{name} has no effect on a finished cache (--latents_dir {args.latents_dir}); leave it out"
             )
     names = {"resolution": "resolution", "random_flip": "random_flip", "max_samples": "max_samples"}
-    names |= {"latent_content": "content"}
+    names |= {"latent_content": "content", "alpha_background": "alpha_background"}
     asked = {key: getattr(args, name) for name, key in names.items() if name in args.given}
     columns = {kind: f"{kind}_column" for kind in ("image", "caption", "label")}
     if any(name in args.given for name in columns.values()):
@@ -202,13 +202,10 @@ def read_model_config(path: str | None, model_class: type, preset: dict[str, Any
     """Arguments of the model from a JSON or YAML file (JSON is YAML), such as the config.json of a diffusers model."""
     if path is None:
         return {}
-    if not Path(path).is_file():
-        raise UserError(f"--model_config: the file {path} does not exist")
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        raise UserError(f"--model_config: {path} holds a {type(values).__name__}, expected `argument: value` lines")
     values = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key[0] != "_"
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in read_yaml(path, "--model_config").items()
+        if not str(key).startswith("_")
     }
     values.pop("sample_size", None)  # that of the latents
     known = inspect.signature(model_class).parameters
@@ -237,6 +234,7 @@ def open_images(args: Namespace) -> tuple[ImageStream, str]:
     dataset = undecoded(dataset.select_columns([columns.image]), columns.image)
     if args.max_samples is not None:
         dataset = dataset.select(range(min(args.max_samples, len(dataset))))
-    stream = ImageStream(dataset, columns.image, args.resolution, args.center_crop, args.random_flip, args.seed)
-    settings = [args.resolution, args.center_crop, args.random_flip, args.max_samples]
+    framing = Framing(args.resolution, args.center_crop, BACKGROUNDS[args.alpha_background])
+    stream = ImageStream(dataset, columns.image, framing, args.random_flip, args.seed)
+    settings = [args.resolution, args.center_crop, args.random_flip, args.alpha_background, args.max_samples]
     return stream, sha256_json([identity, settings])

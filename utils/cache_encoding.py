@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from utils import codecs
 from utils.cache_writer import ChannelSums, caption_id
 from utils.conditions import encode_text, tokenize
-from utils.data_images import BadImage, ImageColumns, decode_image, normalise_captions, resize_and_crop
+from utils.data_images import BadImage, Framing, ImageColumns, normalise_captions
 from utils.errors import UserError
 
 Autocast = Callable[[], AbstractContextManager]
@@ -24,8 +24,7 @@ class RowReader:
     """How a row of the dataset becomes an image, its captions and its label."""
 
     columns: ImageColumns
-    resolution: int
-    center_crop: bool
+    framing: Framing
     seed: int
 
     def __call__(self, index: int, row: dict[str, Any]) -> dict[str, Any]:
@@ -33,16 +32,15 @@ class RowReader:
         used.
         """
         columns = self.columns
-        try:
-            image = decode_image(row[columns.image])
-        except BadImage as reason:
-            return {"row": index, "skipped": str(reason)}
         label = None if columns.label is None else row[columns.label]
         if columns.label is not None and label is None:
             return {"row": index, "skipped": f"no label in column {columns.label}"}
         # Keyed by the row, so that a restart, or another number of processes, cuts the same crop.
         generator = np.random.default_rng([self.seed, index])
-        pixels = resize_and_crop(image, self.resolution, self.center_crop, generator)
+        try:
+            pixels = self.framing(row[columns.image], generator)
+        except BadImage as reason:
+            return {"row": index, "skipped": str(reason)}
         captions = None if columns.caption is None else normalise_captions(row[columns.caption])
         return {"row": index, "image": pixels, "captions": captions, "label": label}
 

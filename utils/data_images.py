@@ -240,6 +240,22 @@ def resize_and_crop(
 # ---- captions -------------------------------------------------------------------------------------------------------
 
 
+BACKGROUNDS = {"white": (255, 255, 255), "grey": (128, 128, 128), "black": (0, 0, 0)}
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How an image of any kind becomes a square of pixels."""
+
+    resolution: int
+    center_crop: bool
+    background: tuple[int, int, int]  # what transparent images are laid on
+
+    def __call__(self, value: Any, generator: np.random.Generator) -> np.ndarray:
+        """uint8 (R, R, 3) of what `decode_image` takes; `generator` draws the crop. Raises BadImage."""
+        return resize_and_crop(decode_image(value, self.background), self.resolution, self.center_crop, generator)
+
+
 def normalise_captions(value: Any) -> list[str]:
     """The captions of one row, at least one; "" where there is none. Takes text, bytes, numbers, None, NaN, and lists
     of those (in one more level of lists too), whose empty entries are dropped. UserError for anything else."""

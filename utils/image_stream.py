@@ -1,41 +1,46 @@
 """The endless stream of training images, decoded as they are needed."""
 
-from typing import Any
+import logging
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from utils.data_images import BadImage, decode_image, resize_and_crop
+from utils.data_images import BadImage, Framing
 from utils.draws import StreamOrder, uniform_draws
+from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class ImageStream(torch.utils.data.Dataset):
     """Position in the stream -> image, a pure function of (seed, position): order, crop and flip are keyed by it.
 
-    `dataset` is map-style with an undecoded image column. An unreadable image is replaced by the next readable one;
-    after `max_bad_in_a_row` of them in a row BadImage is raised.
+    `dataset` is map-style with an undecoded image column. An unreadable image is named once, and the next readable one
+    takes its place; after `max_bad_in_a_row` of them in a row UserError is raised.
     """
 
     max_bad_in_a_row = 100
 
-    def __init__(self, dataset, image_column: str, resolution: int, center_crop: bool, random_flip: bool, seed: int):
+    def __init__(self, dataset, image_column: str, framing: Framing, random_flip: bool, seed: int):
         self.dataset, self.image_column = dataset, image_column
-        self.resolution, self.center_crop, self.random_flip = resolution, center_crop, random_flip
+        self.framing, self.random_flip = framing, random_flip
         self.seed = seed
         self.order = StreamOrder(seed, len(dataset))
+        self.bad_rows: set[int] = set()
 
     def image(self, row: int, position: int) -> np.ndarray:
         """uint8 (R, R, 3) of a row, or of the first readable one after it."""
-        generator = np.random.default_rng([self.seed, position])
-        reason = ""
-        for offset in range(min(self.max_bad_in_a_row, len(self.dataset))):
-            value: Any = self.dataset[(row + offset) % len(self.dataset)][self.image_column]
+        for candidate in range(row, row + min(self.max_bad_in_a_row, len(self.dataset))):
+            candidate %= len(self.dataset)
             try:
-                return resize_and_crop(decode_image(value), self.resolution, self.center_crop, generator)
-            except BadImage as error:
-                reason = str(error)
-        raise BadImage(f"no readable image in {self.max_bad_in_a_row} rows from {row} on: {reason}")
+                generator = np.random.default_rng([self.seed, position])
+                return self.framing(self.dataset[candidate][self.image_column], generator)
+            except BadImage as reason:
+                if candidate not in self.bad_rows:
+                    logger.warning("row %d cannot be read (%s): the next one takes its place", candidate, reason)
+                self.bad_rows.add(candidate)
+        raise UserError(f"the dataset has no readable image in {self.max_bad_in_a_row} rows from row {row} on")
 
     def __getitems__(self, positions: list[int]) -> dict[str, Tensor]:
         """Images (B, 3, R, R) uint8 at `positions`."""

@@ -9,7 +9,7 @@ import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -72,6 +72,7 @@ def parse_with_config(parser: ArgumentParser, argv: list[str] | None = None) -> 
     parser.add_argument(
         "--config", metavar="FILE.yaml", default=None, help="YAML file of these flags; the command line wins."
     )
+    parser.error = refuse_arguments  # type: ignore[method-assign]
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     args = parser.parse_args(argv, Namespace(**dict.fromkeys(actions, UNSET)))
     from_file = {} if args.config is UNSET else read_config(args.config, actions)
@@ -83,16 +84,28 @@ def parse_with_config(parser: ArgumentParser, argv: list[str] | None = None) -> 
     return args
 
 
-def read_config(path: str, actions: dict[str, argparse.Action]) -> dict[str, Any]:
-    """Values of a YAML file, checked against the flags they fill. Raises UserError that names the file and the key."""
+def refuse_arguments(message: str) -> NoReturn:
+    """In place of `ArgumentParser.error`, which prints some seventy lines of usage above the one that matters."""
+    raise UserError(message.removeprefix("argument "))
+
+
+def read_yaml(path: str, flag: str) -> dict[str, Any]:
+    """The `key: value` lines of a YAML or JSON file (JSON is YAML). Raises UserError that names the flag and the
+    file."""
     if not Path(path).is_file():
-        raise UserError(f"--config: the file {path} does not exist")
+        raise UserError(f"{flag}: the file {path} does not exist")
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag} {path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise UserError(f"--config {path}: expected lines of `flag: value`, found a {type(values).__name__}")
+        raise UserError(f"{flag} {path}: expected lines of `key: value`, found a {type(values).__name__}")
+    return values
+
+
+def read_config(path: str, actions: dict[str, argparse.Action]) -> dict[str, Any]:
+    """Values of a YAML file, checked against the flags they fill. Raises UserError that names the file and the key."""
+    values = read_yaml(path, "--config")
     for key in values:
         if key not in actions or key == "config":
             known = ", ".join(sorted(name for name in actions if name != "config"))

@@ -24,7 +24,7 @@ from utils.cache_writer import (
     latent_features,
     write_skipped,
 )
-from utils.data_images import ImageColumns, resolve_columns, undecoded
+from utils.data_images import BACKGROUNDS, Framing, ImageColumns, resolve_columns, undecoded
 from utils.errors import UserError
 from utils.files import read_json, write_json
 from utils.image_sources import dataset_identity, open_image_dataset
@@ -121,6 +121,7 @@ def fingerprint_of(args: Namespace, source: Source, encoders: Encoders) -> dict[
         "resolution": args.resolution,
         "crop": "center" if args.center_crop else f"random, seed {args.seed}",
         "random_flip": args.random_flip,
+        "alpha_background": args.alpha_background,
         "max_samples": args.max_samples,
         "content": encoders.content,
         "dtype": "float16",
@@ -182,7 +183,8 @@ def write_latents(
     length = encoder.planes * int(np.prod(shape))
     features = latent_features(length, args.random_flip, columns.label is not None, columns.caption is not None)
     shards = ShardFolder(cache_dir / "latents", features)
-    reader = RowReader(columns, args.resolution, args.center_crop, args.seed)
+    framing = Framing(args.resolution, args.center_crop, BACKGROUNDS[args.alpha_background])
+    reader = RowReader(columns, framing, args.seed)
     world, rank = accelerator.num_processes, accelerator.process_index
     done = sum(manifest["num_rows"] + len(manifest["skipped"]) for manifest in shards.manifests())
     if done:

@@ -59,7 +59,8 @@ def requested_images(
         trained = (
             "class-conditional: use --class_labels" if kind == "ClassCondition" else "unconditional: leave it out"
         )
-        raise UserError(f"--prompt: the run {run_dir} takes no prompts, it is {trained}")
+        flag = "--prompt" if prompts else "--negative_prompt"
+        raise UserError(f"{flag}: the run {run_dir} takes no prompts, it is {trained}")
     if kind != "ClassCondition" and class_labels:
         trained = "text-to-image: use --prompt" if kind == "TextCondition" else "unconditional: leave it out"
         raise UserError(f"--class_labels: the run {run_dir} takes no labels, it is {trained}")

@@ -15,6 +15,7 @@ import torch
 import transformers
 import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -29,6 +30,10 @@ logger = logging.getLogger(__name__)
 
 def make_accelerator(args: Namespace, output_dir: Path | None = None) -> Accelerator:
     """The Accelerator of a script, with accumulation that depends on nothing but the count of micro-steps."""
+    if output_dir is not None and args.report_to not in ("none", "all"):
+        installed = [str(tracker) for tracker in get_available_trackers()]
+        if args.report_to not in installed:  # Accelerate would leave a tracker without its package out, silently
+            raise UserError(f"--report_to {args.report_to}: the trackers installed here are {', '.join(installed)}")
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=None if output_dir is None or args.report_to == "none" else args.report_to,

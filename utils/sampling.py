@@ -47,6 +47,16 @@ def sampling_scheduler(trained_with: SchedulerMixin, name: str | None = None) ->
     return SAMPLERS[name].from_config(trained_with.config)
 
 
+def usable_device(name: str | None) -> torch.device:
+    """The named device, by default cuda where there is one. Raises UserError for one that is not here."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; use cpu or cuda") from error
+    return device
+
+
 def image_generators(seed: int, first: int, count: int) -> list[torch.Generator]:
     """One generator for each image: image i of a run has seed `seed + i`, whatever batch it falls into. On the CPU,
     where the same seed gives the same numbers on every machine.
