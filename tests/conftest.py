@@ -144,36 +144,21 @@ def model_flags(tmp_path_factory) -> dict[str, list[str]]:
     }
 
 
+# fmt: off
 TRAIN_FLAGS = [
-    *("--max_train_steps", 8, "--train_batch_size", 4, "--lr_warmup_steps", 2, "--learning_rate", 1e-3),
-    *(
-        "--checkpointing_steps",
-        4,
-        "--logging_steps",
-        2,
-        "--num_validation_images",
-        2,
-        "--validation_inference_steps",
-        2,
-    ),
+    "--max_train_steps", 8, "--train_batch_size", 4, "--lr_warmup_steps", 2, "--learning_rate", 1e-3,
+    "--checkpointing_steps", 4, "--logging_steps", 2,
 ]
+GRID_FLAGS = ["--num_validation_images", 2, "--validation_inference_steps", 2]
+# fmt: on
 
 
 @pytest.fixture(scope="session")
 def text_run(tmp_path_factory, cache, model_flags) -> Path:
     """A finished text-to-image U-Net run: v-prediction, a StableDiffusionPipeline."""
     folder = tmp_path_factory.mktemp("text_run") / "run"
-    prompts = ["--validation_prompts", "a red square", "blue"]
-    run_script(
-        "train_text_to_image_ldm.py",
-        "--latents_dir",
-        cache,
-        "--output_dir",
-        folder,
-        *model_flags["unet"],
-        *TRAIN_FLAGS,
-        *prompts,
-    )
+    flags = [*model_flags["unet"], *TRAIN_FLAGS, *GRID_FLAGS, "--validation_prompts", "a red square", "blue"]
+    run_script("train_text_to_image_ldm.py", "--latents_dir", cache, "--output_dir", folder, *flags)
     return folder
 
 
@@ -181,15 +166,6 @@ def text_run(tmp_path_factory, cache, model_flags) -> Path:
 def class_run(tmp_path_factory, cache, model_flags) -> Path:
     """A finished class-conditional DiT run: flow."""
     folder = tmp_path_factory.mktemp("class_run") / "run"
-    flags = ["--prediction_type", "flow", "--validation_labels", 0, 2]
-    run_script(
-        "train_class_cond_ldm.py",
-        "--latents_dir",
-        cache,
-        "--output_dir",
-        folder,
-        *model_flags["dit"],
-        *TRAIN_FLAGS,
-        *flags,
-    )
+    flags = [*model_flags["dit"], *TRAIN_FLAGS, *GRID_FLAGS, "--prediction_type", "flow", "--validation_labels", 0, 2]
+    run_script("train_class_cond_ldm.py", "--latents_dir", cache, "--output_dir", folder, *flags)
     return folder

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TRAIN_FLAGS, run_script
+from conftest import GRID_FLAGS, TRAIN_FLAGS, run_script
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -136,7 +136,7 @@ def test_a_checkpoint_can_be_sampled_before_the_run_ends(text_run, tmp_path):
 def test_unconditional(cache, model_flags, model, tmp_path):
     run_script(
         "train_class_cond_ldm.py", "--unconditional", "--latents_dir", cache, "--output_dir", tmp_path / "run",
-        *model_flags[model], *TRAIN_FLAGS,
+        *model_flags[model], *TRAIN_FLAGS, *GRID_FLAGS,
     )  # fmt: skip
     assert (tmp_path / "run" / "samples" / "step-0000008.png").is_file()
     run_script("sample.py", "--model", tmp_path / "run", "--num_images_per_prompt", 3, "--num_inference_steps", 2)
@@ -184,7 +184,9 @@ def test_the_two_trainers_share_their_loop():
 
     def step(script: str) -> str:
         source = (ROOT / script).read_text()
-        return source[source.index("            with accelerator.accumulate(") : source.index("        if done % args.validation_steps") - 200]
+        return source[
+            source.index("            with accelerator.accumulate(") : source.index("        progress.update()")
+        ]
 
     text, label = step("train_text_to_image_ldm.py"), step("train_class_cond_ldm.py")
     assert "accelerator.backward(loss)" in text

@@ -48,7 +48,9 @@ class FrozenParts:
     tokenizer: Any = None
 
 
-def load_frozen_parts(spec: LatentSpec, normalisation: Normalisation, scheduler: SchedulerMixin) -> FrozenParts:
+def load_frozen_parts(
+    spec: LatentSpec, normalisation: Normalisation, scheduler: SchedulerMixin, with_text: bool = False
+) -> FrozenParts:
     """Loads the models that made a cache, and checks that their weights still are the ones that made it."""
     vae = codecs.load_vae(spec.vae)
     check_weights(vae, spec.vae, spec.fingerprint["vae"]["sha256"])
@@ -57,7 +59,7 @@ def load_frozen_parts(spec: LatentSpec, normalisation: Normalisation, scheduler:
         vae = codecs.fold_normalisation(vae, normalisation)
         normalisation = Normalisation.of_vae(vae.config, spec.shape[0])
     tokenizer = text_encoder = None
-    if spec.text_encoder:
+    if with_text and spec.text_encoder:
         source = spec.text_encoder
         tokenizer, text_encoder = load_text_encoder(str(source["name"]), str(source["library"]), source["tokenizer"])
         check_weights(text_encoder, str(source["name"]), spec.fingerprint["text_encoder"]["sha256"])

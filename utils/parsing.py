@@ -165,10 +165,8 @@ def refuse_together(args: Namespace, first: str, second: str, reason: str) -> No
 
 def run_script(main: Callable[[Namespace], None], parse_args: Callable[[], Namespace]) -> None:
     """Runs a script; bad input becomes one line on standard error and exit code 2, with no traceback."""
-    for library in (
-        "xformers",
-        "bitsandbytes",
-    ):  # diffusers imports them, wanted or not, and they complain of missing GPUs
+    # diffusers imports these, wanted or not, and they complain where there is no GPU.
+    for library in ("xformers", "bitsandbytes"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         main(parse_args())
