@@ -9,6 +9,7 @@ Both folders open with `datasets.load_from_disk`. Raw latents are stored and nor
 `utils/cache_writer.py` writes it.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 from utils.codecs import Normalisation
 from utils.draws import SampleDraws, StreamOrder, uniform_draws
 from utils.errors import UserError
-from utils.files import read_json, sha256_json
+from utils.files import read_json, sha256_file, sha256_json
 
 SPEC_FILE = "latent_spec.json"
 SPEC_VERSION = 1
@@ -98,6 +99,25 @@ def summary(value: Any) -> str:
     return str(value)
 
 
+def open_table(folder: Path) -> datasets.Dataset:
+    """A table of the cache. Raises UserError unless each shard is there with the bytes that were written: Arrow itself
+    would read a zeroed page without a word.
+    """
+    state = folder / "state.json"
+    shards = [folder / file["filename"] for file in read_json(state)["_data_files"]] if state.is_file() else []
+    for path in (state, *shards, *(shard.with_suffix(".json") for shard in shards)):
+        if not path.is_file():
+            raise UserError(f"--latents_dir: {path} is missing; precompute again, into another folder")
+    with ThreadPoolExecutor() as pool:
+        for shard, digest in zip(shards, pool.map(sha256_file, shards), strict=True):
+            if digest != read_json(shard.with_suffix(".json"))["sha256"]:
+                raise UserError(
+                    f"--latents_dir: {shard} is damaged (its sha256 is not that of its manifest); precompute again, "
+                    "into another folder"
+                )
+    return datasets.load_from_disk(str(folder))
+
+
 def column_views(table: datasets.Dataset, column: str) -> list[np.ndarray]:
     """A column of fixed-size lists as arrays (rows, n), one for each record batch, straight on the memory-mapped
     file.
@@ -129,7 +149,7 @@ class LatentCache:
         """`normalisation`: "vae" (its scaling and shift) or "measured" (mean and std per channel of this data)."""
         self.spec = LatentSpec.read(cache_dir)
         self.normalisation = Normalisation(**{k: tuple(v) for k, v in self.spec.normalisation[normalisation].items()})
-        table = datasets.load_from_disk(str(Path(cache_dir) / "latents"))
+        table = open_table(Path(cache_dir) / "latents")
         if len(table) != self.spec.num_rows:
             raise UserError(
                 f"{cache_dir}: {len(table)} rows on disk, {self.spec.num_rows} in {SPEC_FILE}; precompute again"
@@ -146,7 +166,7 @@ class LatentCache:
     def _open_captions(self, table: datasets.Dataset, folder: Path) -> None:
         assert self.spec.captions is not None
         ids = table.data.column("caption_id").combine_chunks()
-        captions = datasets.load_from_disk(str(folder))
+        captions = open_table(folder)
         known = captions.data.column("caption_id").to_numpy()
         order = np.argsort(known)
         # Row of the caption table for each (image, caption) pair, and where each image's captions begin.
