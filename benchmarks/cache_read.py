@@ -73,18 +73,23 @@ def write_cache(folder: Path, rows: int, rows_per_shard: int) -> None:
     write_json(folder / SPEC_FILE, asdict(spec))
 
 
-def in_memory(cache: LatentCache) -> Callable[[np.ndarray], dict[str, torch.Tensor]]:
-    """The same batches from tensors that hold the whole cache."""
+Gather = Callable[[np.ndarray], dict[str, torch.Tensor]]
+
+
+def in_memory(cache: LatentCache) -> dict[str, Gather]:
+    """The same batches from tensors that hold the whole cache, by the two ways to index one."""
     columns = cache.gather(np.arange(len(cache)))
+    ways = {
+        "tensor[rows]": torch.Tensor.__getitem__,
+        "tensor.index_select": lambda tensor, i: tensor.index_select(0, i),
+    }
+    return {
+        name: lambda rows, way=way: {key: way(column, torch.from_numpy(rows)) for key, column in columns.items()}
+        for name, way in ways.items()
+    }
 
-    def gather(rows: np.ndarray) -> dict[str, torch.Tensor]:
-        index = torch.from_numpy(rows)
-        return {name: column.index_select(0, index) for name, column in columns.items()}
 
-    return gather
-
-
-def seconds(gather: Callable[[np.ndarray], dict[str, torch.Tensor]], rows: np.ndarray) -> float:
+def seconds(gather: Gather, rows: np.ndarray) -> float:
     started = time.perf_counter()
     gather(rows)
     return time.perf_counter() - started
@@ -101,20 +106,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_cache(Path(folder), args.rows, rows_per_shard=512)
         cache = LatentCache(folder)
-        memory = in_memory(cache)
+        gathers = {"latent cache": cache.gather, **in_memory(cache)}
         rng = np.random.default_rng(1)
         batches = [rng.integers(args.rows, size=args.batch_size) for _ in range(args.rounds)]
-        for rows in batches[:10]:  # warm up, and see that both give the same
-            ours, theirs = cache.gather(rows), memory(rows)
-            assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-        from_cache, from_memory = (
-            np.array(t) * 1000 for t in zip(*((seconds(cache.gather, b), seconds(memory, b)) for b in batches))
-        )
+        for rows in batches[:10]:  # warm up, and see that all give the same
+            expected, *others = (gather(rows) for gather in gathers.values())
+            assert all(torch.equal(other[key], expected[key]) for other in others for key in expected)
+        times = np.array([[seconds(gather, rows) * 1000 for gather in gathers.values()] for rows in batches])
+    medians = np.median(times, axis=0)
     print(f"{args.batch_size} of {args.rows} rows, {args.threads} thread(s): ms a batch")
-    print("| from | median | 10 % | 90 % |\n|---|---|---|---|")
-    for name, times in (("cache", from_cache), ("memory", from_memory)):
-        print(f"| {name} | {np.median(times):.2f} | {np.quantile(times, 0.1):.2f} | {np.quantile(times, 0.9):.2f} |")
-    print(f"cache / memory: {np.median(from_cache) / np.median(from_memory):.2f}")
+    print("| from | median | 10 % | 90 % | cache / this |\n|---|---|---|---|---|")
+    for name, column, median in zip(gathers, times.T, medians):
+        low, high = np.quantile(column, (0.1, 0.9))
+        print(f"| {name} | {median:.2f} | {low:.2f} | {high:.2f} | {medians[0] / median:.2f} |")
 
 
 if __name__ == "__main__":

@@ -63,20 +63,21 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-@torch.no_grad()
+def encode_blank(vae: ModelMixin, size: int = 64) -> tuple[Tensor, Tensor | None]:
+    """`encode` of a blank image: what families of autoencoders name differently in their configs shows in it."""
+    return encode(vae, torch.zeros(1, vae.config.in_channels, size, size, device=vae.device, dtype=vae.dtype))
+
+
 def measure_shape(vae: ModelMixin) -> tuple[int, int]:
-    """(channels of a latent, pixels per latent position), found by encoding a blank image: families of autoencoders
-    name these differently in their configs.
-    """
+    """(channels of a latent, pixels per latent position)."""
     size = 64
-    images = torch.zeros(1, vae.config.in_channels, size, size, device=vae.device, dtype=vae.dtype)
-    channels, height = encode(vae, images)[0].shape[1:3]
+    channels, height = encode_blank(vae, size)[0].shape[1:3]
     return channels, size // height
 
 
 def has_posterior(vae: ModelMixin) -> bool:
     """Whether the encoder gives a distribution (mean and std) rather than one latent."""
-    return isinstance(vae, AutoencoderKL) or hasattr(vae, "quant_conv")
+    return encode_blank(vae)[1] is not None
 
 
 @torch.no_grad()

@@ -135,10 +135,11 @@ class RowGatherer:
 
     def __call__(self, rows: np.ndarray) -> Tensor:
         """Rows (B,) -> tensor (B, *shape) in the stored dtype."""
-        batch = np.empty((len(rows), self.views[0].shape[1]), dtype=self.views[0].dtype)
+        if not len(rows):
+            return torch.from_numpy(self.views[0][:0].copy()).view(0, *self.shape)
         shards = np.searchsorted(self.starts, rows, side="right") - 1
-        for i, (shard, offset) in enumerate(zip(shards, rows - self.starts[shards], strict=True)):
-            batch[i] = self.views[shard][offset]
+        places = zip(shards.tolist(), (rows - self.starts[shards]).tolist(), strict=True)
+        batch = np.concatenate([self.views[shard][offset : offset + 1] for shard, offset in places])
         return torch.from_numpy(batch).view(len(rows), *self.shape)
 
 

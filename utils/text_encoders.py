@@ -71,7 +71,10 @@ def load_with_open_clip(name_or_path: str, tokenizer_name: str | None) -> tuple[
         schema = "local-dir:" if Path(name_or_path).is_dir() else "hf-hub:"
         source = {"model_name": schema + name_or_path}
     model = load_component(
-        lambda _: open_clip.create_model(**source, precision="fp32", device="cpu"), name_or_path, "text_encoder", FLAG
+        lambda _: open_clip.create_model(**source, precision="fp32", device="cpu"),
+        checkpoint or name_or_path,
+        "text_encoder",
+        FLAG,
     )
     text_encoder = text_model_from_open_clip(model)
     tokenizer = load_open_clip_tokenizer(tokenizer_name or name_or_path, bool(tokenizer_name))
@@ -95,15 +98,16 @@ def load_open_clip_tokenizer(name_or_path: str, named: bool) -> CLIPTokenizer:
 def text_model_from_open_clip(model) -> CLIPTextModel:
     """open_clip's text tower as a CLIPTextModel with the same weights and, to rounding, the same states.
 
-    Raises UserError for towers that are no CLIP text transformer (those of transformers inside open_clip, CoCa,
-    SigLIP).
+    Raises UserError for towers that are no CLIP text transformer: those of transformers inside open_clip, SigLIP (no
+    causal mask), CoCa and others with weights that CLIPTextModel has no place for.
     """
     tower = getattr(model, "text", model)
-    if not hasattr(tower, "token_embedding") or not hasattr(tower, "ln_final"):
-        raise UserError(f"{FLAG}: open_clip's {type(model).__name__} has no CLIP text tower")
+    if not hasattr(tower, "token_embedding") or not hasattr(tower, "ln_final") or tower.attn_mask is None:
+        raise UserError(f"{FLAG}: open_clip's {type(model).__name__} has no CLIP text tower (with a causal mask)")
     state = {k: v for k, v in tower.state_dict().items() if not k.startswith("visual.")}
     vocab_size, width = state["token_embedding.weight"].shape
     blocks = tower.transformer.resblocks
+    is_tanh = getattr(blocks[0].mlp.gelu, "approximate", "none") == "tanh"
     activation = {"GELU": "gelu", "QuickGELU": "quick_gelu"}[type(blocks[0].mlp.gelu).__name__]
     config = CLIPTextConfig(
         vocab_size=vocab_size,
@@ -112,7 +116,8 @@ def text_model_from_open_clip(model) -> CLIPTextModel:
         num_hidden_layers=len(blocks),
         num_attention_heads=blocks[0].attn.num_heads,
         max_position_embeddings=len(state["positional_embedding"]),
-        hidden_act=activation,
+        hidden_act="gelu_pytorch_tanh" if is_tanh else activation,
+        layer_norm_eps=tower.ln_final.eps,
         projection_dim=width,
         pad_token_id=1,
         bos_token_id=vocab_size - 2,
@@ -123,6 +128,9 @@ def text_model_from_open_clip(model) -> CLIPTextModel:
     prefix = next(k for k in text_encoder.state_dict() if k.endswith("token_embedding.weight"))
     prefix = prefix.removesuffix("embeddings.token_embedding.weight")
     renamed = {prefix + name: tensor for name, tensor in rename_open_clip(state, len(blocks)).items()}
+    unused = [name for name in state if not name.startswith(("text_projection", "logit_"))]
+    if unused:
+        raise UserError(f"{FLAG}: open_clip's {type(model).__name__} has no CLIP text tower: it also has {unused[0]}")
     missing, unexpected = text_encoder.load_state_dict(renamed, strict=False)
     if unexpected or any("position_ids" not in name for name in missing):
         raise UserError(f"{FLAG}: open_clip's text tower does not fit CLIPTextModel: {missing or unexpected}")
@@ -130,12 +138,12 @@ def text_model_from_open_clip(model) -> CLIPTextModel:
 
 
 def rename_open_clip(state: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
-    """Weights of open_clip's text tower under the names of transformers' CLIP text transformer."""
+    """Takes the weights of open_clip's text tower out of `state`, under the names of transformers' CLIP."""
     renamed = {
-        "embeddings.token_embedding.weight": state["token_embedding.weight"],
-        "embeddings.position_embedding.weight": state["positional_embedding"],
-        "final_layer_norm.weight": state["ln_final.weight"],
-        "final_layer_norm.bias": state["ln_final.bias"],
+        "embeddings.token_embedding.weight": state.pop("token_embedding.weight"),
+        "embeddings.position_embedding.weight": state.pop("positional_embedding"),
+        "final_layer_norm.weight": state.pop("ln_final.weight"),
+        "final_layer_norm.bias": state.pop("ln_final.bias"),
     }
     modules = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
     modules["attn.out_proj"] = "self_attn.out_proj"
@@ -143,8 +151,8 @@ def rename_open_clip(state: dict[str, Tensor], num_layers: int) -> dict[str, Ten
         source, target = f"transformer.resblocks.{layer}", f"encoder.layers.{layer}"
         for kind in ("weight", "bias"):
             for old, new in modules.items():
-                renamed[f"{target}.{new}.{kind}"] = state[f"{source}.{old}.{kind}"]
-            projections = torch.chunk(state[f"{source}.attn.in_proj_{kind}"], 3)
+                renamed[f"{target}.{new}.{kind}"] = state.pop(f"{source}.{old}.{kind}")
+            projections = torch.chunk(state.pop(f"{source}.attn.in_proj_{kind}"), 3)
             for name, projection in zip(("q_proj", "k_proj", "v_proj"), projections, strict=True):
                 renamed[f"{target}.self_attn.{name}.{kind}"] = projection
     return renamed

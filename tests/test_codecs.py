@@ -1,0 +1,346 @@
+"""Codecs: normalisation, folding it into the VAE, hashes and loading, on small autoencoders of diffusers."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
+
+from utils import codecs
+from utils.codecs import Normalisation
+from utils.errors import UserError
+
+# What no plain scaling can say.
+PER_CHANNEL = Normalisation((0.3, -1.2, 2.0, 0.0), (0.5, 1.7, 4.0, 0.25))
+
+
+def tiny_kl(**settings):
+    """8 x 8 latents of 16 x 16 images, with weights large enough that every layer shows."""
+    torch.manual_seed(0)
+    config = {
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "sample_size": 16,
+    }
+    return AutoencoderKL(**(config | settings)).eval()
+
+
+def tiny_vq():
+    torch.manual_seed(0)
+    return VQModel(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=3,
+        norm_num_groups=4,
+        num_vq_embeddings=32,
+        sample_size=16,
+    ).eval()
+
+
+def tiny_taesd():
+    torch.manual_seed(0)
+    return AutoencoderTiny(
+        encoder_block_out_channels=(16, 16, 16),
+        decoder_block_out_channels=(16, 16, 16),
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+        latent_channels=4,
+    ).eval()
+
+
+def tiny_dc():
+    torch.manual_seed(0)
+    return AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=(16, 16, 16),
+        decoder_block_out_channels=(16, 16, 16),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), ()),
+        decoder_qkv_multiscales=((), (), ()),
+        upsample_block_type="interpolate",
+        downsample_block_type="stride_conv",
+    ).eval()
+
+
+# name -> (autoencoder, latent channels, downsampling factor, whether it has a posterior)
+FAMILIES = {
+    "AutoencoderKL": (tiny_kl, 4, 2, True),
+    "AutoencoderKL without quant_conv": (
+        lambda: tiny_kl(use_quant_conv=False, use_post_quant_conv=False),
+        4,
+        2,
+        True,
+    ),
+    "AutoencoderTiny": (tiny_taesd, 4, 4, False),
+    "AutoencoderDC": (tiny_dc, 4, 4, False),
+    "VQModel": (tiny_vq, 3, 2, False),
+}
+
+
+def images(batch=2, size=16):
+    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_encodes_and_decodes(family):
+    """Shapes, factor and posterior are those of the architecture, and the latent is what the class itself calls it."""
+    make, channels, factor, has_posterior = FAMILIES[family]
+    vae = make()
+    assert codecs.measure_shape(vae) == (channels, factor)
+    assert codecs.has_posterior(vae) == has_posterior
+    mean, std = codecs.encode(vae, images())
+    assert mean.shape == (2, channels, 16 // factor, 16 // factor)
+    with torch.no_grad():
+        first = vae.encode(images(), return_dict=False)[0]
+    if has_posterior:
+        assert torch.equal(mean, first.mode())
+        torch.testing.assert_close(std, first.var.sqrt())
+        assert (std > 0).all()
+    else:
+        assert std is None
+        assert torch.equal(mean, first)
+    pixels = codecs.decode(vae, mean)
+    assert pixels.shape == (2, 3, 16, 16)
+    with torch.no_grad():
+        truth = vae.decode(mean, return_dict=False)[0].clamp(-1, 1)
+    assert torch.equal(pixels, truth)
+    assert codecs.decode(vae, 100 * mean).abs().max() <= 1
+
+
+# Normalisation
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 3, 2), (5, 4, 7), (5, 4)])
+def test_normalisation_round_trip(shape):
+    """(raw - mean) / std by channel, in float64, and back, for any rank and for half-precision caches."""
+    raw = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3
+    normalised = PER_CHANNEL.normalise(raw)
+    axes = (1, -1) + (1,) * (len(shape) - 2)
+    mean, std = np.reshape(PER_CHANNEL.mean, axes), np.reshape(PER_CHANNEL.std, axes)
+    np.testing.assert_allclose(normalised.numpy(), (raw.double().numpy() - mean) / std, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(PER_CHANNEL.denormalise(normalised), raw, rtol=1e-5, atol=1e-5)
+    half = PER_CHANNEL.normalise(raw.half())
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, PER_CHANNEL.normalise(raw.half().float()))
+
+
+@pytest.mark.parametrize(
+    ("config", "mean", "std"),
+    [
+        ({"scaling_factor": 0.18215}, 0.0, 1 / 0.18215),
+        ({"scaling_factor": 0.3611, "shift_factor": 0.1159}, 0.1159, 1 / 0.3611),
+        ({"scaling_factor": 0.18215, "shift_factor": None, "latents_mean": None, "latents_std": None}, 0, 1 / 0.18215),
+        ({}, 0.0, 1.0),
+    ],
+)
+def test_normalisation_of_a_vae(config, mean, std):
+    """The config's factors mean what StableDiffusion's pipelines do: (raw - shift_factor) * scaling_factor."""
+    normalisation = Normalisation.of_vae(config, 2)
+    raw = torch.randn(3, 2, 4, 4)
+    truth = (raw - (config.get("shift_factor") or 0)) * config.get("scaling_factor", 1)
+    torch.testing.assert_close(normalisation.normalise(raw), truth)
+    assert normalisation.mean == pytest.approx((mean, mean))
+    assert normalisation.std == pytest.approx((std, std))
+
+
+def test_normalisation_of_a_vae_with_statistics():
+    """`latents_mean` and `latents_std`, flat or as (1, C, 1, 1), are taken per channel."""
+    for wrap in (list, lambda values: [[[[v]] for v in values]]):
+        config = {"scaling_factor": 0.5, "latents_mean": wrap([1.0, -2.0]), "latents_std": wrap([3.0, 4.0])}
+        normalisation = Normalisation.of_vae(config, 2)
+        assert normalisation == Normalisation((1.0, -2.0), (3.0, 4.0))
+
+
+def test_plain_scaling():
+    """One factor without a shift is plain, anything else is not."""
+    assert Normalisation((0.0, 0.0), (5.5, 5.5)).is_plain_scaling()
+    assert not Normalisation((0.0, 0.1), (5.5, 5.5)).is_plain_scaling()
+    assert not Normalisation((0.0, 0.0), (5.5, 5.6)).is_plain_scaling()
+
+
+# Folding
+
+
+@pytest.mark.parametrize(
+    "normalisation",
+    [PER_CHANNEL, Normalisation((0.0,) * 4, (5.49,) * 4), Normalisation((0.1159,) * 4, (2.77,) * 4)],
+    ids=["per channel", "scaling", "scaling and shift"],
+)
+def test_folded_vae_works_on_normalised_latents(normalisation):
+    """Its posterior is the normalised one, mean and std, and it decodes normalised latents as the original does raw ones."""
+    vae = tiny_kl(scaling_factor=0.7, shift_factor=0.1)
+    mean, std = codecs.encode(vae, images())
+    raw = mean + std * torch.randn_like(mean)
+    pixels = codecs.decode(vae, raw)
+    assert codecs.is_foldable(vae)
+    folded = codecs.fold_normalisation(vae, normalisation)
+    folded_mean, folded_std = codecs.encode(folded, images())
+    scale = torch.tensor(normalisation.std).view(1, 4, 1, 1)
+    torch.testing.assert_close(folded_mean, normalisation.normalise(mean), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(folded_std, std / scale, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(codecs.decode(folded, normalisation.normalise(raw)), pixels, rtol=1e-5, atol=1e-5)
+    assert Normalisation.of_vae(folded.config, 4) == Normalisation((0.0,) * 4, (1.0,) * 4)
+
+
+def test_folded_vae_saves_and_loads(tmp_path):
+    """After save and load a folded VAE needs no scaling or shift, the way StableDiffusionPipeline decodes."""
+    vae = tiny_kl(scaling_factor=0.7, shift_factor=0.1)
+    mean, _ = codecs.encode(vae, images())
+    pixels = codecs.decode(vae, mean)
+    codecs.fold_normalisation(vae, PER_CHANNEL).save_pretrained(tmp_path)
+    loaded = AutoencoderKL.from_pretrained(tmp_path)
+    assert loaded.config.scaling_factor == 1.0
+    assert loaded.config.shift_factor is None
+    assert loaded.config.latents_mean is None
+    decoded = loaded.decode(PER_CHANNEL.normalise(mean) / loaded.config.scaling_factor, return_dict=False)[0]
+    torch.testing.assert_close(decoded.clamp(-1, 1), pixels, rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_folded():
+    """Without the 1x1 convolutions at the latents there is nothing to fold into."""
+    for family, (make, *_) in FAMILIES.items():
+        assert codecs.is_foldable(make()) == (family == "AutoencoderKL")
+
+
+@pytest.mark.parametrize(("scaling", "shift", "is_kept"), [(0.18215, None, True), (0.7, 0.1, False)])
+def test_export_keeps_plain_scaling(tmp_path, scaling, shift, is_kept):
+    """A VAE whose own plain scaling was trained with is exported as it is; with a shift it is folded; both decode alike."""
+    from types import SimpleNamespace
+
+    from utils import export
+    from utils.objectives import training_scheduler
+
+    original = tiny_kl(scaling_factor=scaling, shift_factor=shift)
+    original.save_pretrained(tmp_path)
+    normalisation = Normalisation.of_vae(original.config, 4)
+    fingerprint = {"vae": {"sha256": codecs.weights_hash(original)}}
+    spec = SimpleNamespace(vae=str(tmp_path), text_encoder=None, shape=(4, 8, 8), fingerprint=fingerprint)
+    exported = export.load_frozen_parts(spec, normalisation, training_scheduler("epsilon")).vae
+    assert (exported.config.scaling_factor == scaling) == is_kept
+    assert (codecs.weights_hash(exported) == codecs.weights_hash(original)) == is_kept
+    raw, _ = codecs.encode(original, images())
+    latents = normalisation.normalise(raw) / exported.config.scaling_factor  # as StableDiffusionPipeline does
+    torch.testing.assert_close(codecs.decode(exported, latents), codecs.decode(original, raw), rtol=1e-5, atol=1e-5)
+
+
+# Hashes
+
+
+def test_hash_knows_every_weight(tmp_path):
+    """One flipped bit, another name, shape or dtype changes the hash; saving and loading, or training state, does not."""
+    vae = tiny_kl()
+    digest = codecs.weights_hash(vae)
+    vae.save_pretrained(tmp_path)
+    assert codecs.weights_hash(AutoencoderKL.from_pretrained(tmp_path)) == digest
+    assert codecs.weights_hash(codecs.load_vae(str(tmp_path))) == digest
+    assert codecs.weights_hash(vae.train().requires_grad_(False)) == digest
+    with torch.no_grad():
+        for parameter in list(vae.parameters())[::7]:
+            kept = parameter.flatten()[-1].clone()
+            parameter.flatten()[-1] = torch.nextafter(kept, torch.tensor(torch.inf))
+            assert codecs.weights_hash(vae) != digest
+            parameter.flatten()[-1] = kept
+    assert codecs.weights_hash(vae) == digest
+    assert codecs.weights_hash(vae.half()) != digest
+
+
+def test_hash_knows_names_and_shapes():
+    """The same bytes under another name or in another shape are another model; buffers count."""
+    hashes = set()
+    for make in (
+        lambda: torch.nn.ParameterDict({"a": torch.zeros(4)}),
+        lambda: torch.nn.ParameterDict({"b": torch.zeros(4)}),
+        lambda: torch.nn.ParameterDict({"a": torch.zeros(2, 2)}),
+        lambda: torch.nn.BatchNorm1d(2),
+    ):
+        hashes.add(codecs.weights_hash(make()))
+    model = torch.nn.BatchNorm1d(2)
+    model.running_mean += 1
+    hashes.add(codecs.weights_hash(model))
+    assert len(hashes) == 5
+
+
+def test_hash_of_bf16_and_scalars():
+    """Dtypes that NumPy lacks, and zero-dimensional tensors, are hashed too."""
+    model = torch.nn.ParameterDict(
+        {"a": torch.ones((), dtype=torch.bfloat16), "b": torch.ones(3, dtype=torch.bfloat16)}
+    )
+    first = codecs.weights_hash(model)
+    with torch.no_grad():
+        model["a"].fill_(2)
+    assert codecs.weights_hash(model) != first
+
+
+# Loading
+
+
+@pytest.mark.parametrize("family", ["AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel"])
+def test_load_vae_from_a_folder(tmp_path, family):
+    """Any family loads from its own folder, in fp32 and evaluation mode, frozen, with its own weights."""
+    vae = FAMILIES[family][0]()
+    vae.save_pretrained(tmp_path)
+    loaded = codecs.load_vae(str(tmp_path))
+    assert type(loaded) is type(vae)
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert torch.equal(codecs.encode(loaded, images())[0], codecs.encode(vae, images())[0])
+
+
+def test_load_vae_from_a_pipelines_folder(tmp_path):
+    """The `vae/` of a pipeline's or run's folder is found, and half-precision weights become fp32."""
+    tiny_kl().half().save_pretrained(tmp_path / "vae")
+    (tmp_path / "model_index.json").write_text("{}")
+    loaded = codecs.load_vae(str(tmp_path))
+    assert loaded.dtype == torch.float32
+    assert codecs.encode(loaded, images())[0].shape == (2, 4, 8, 8)
+
+
+def refusal(path):
+    with pytest.raises(UserError) as caught:
+        codecs.load_vae(str(path))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("--pretrained_vae_model_name_or_path")
+    assert str(path) in message
+    return message
+
+
+def test_missing_folder(tmp_path):
+    """A folder that does not exist is refused as such, not looked up on the hub."""
+    assert "does not exist" in refusal(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("content", ["empty", "not json", "no class", "no weights", "broken weights"])
+def test_folder_that_holds_no_model(tmp_path, content):
+    """Whatever is wrong with the folder is one line that names the flag and the folder."""
+    if content == "not json":
+        (tmp_path / "config.json").write_text("{")
+    elif content == "no class":
+        (tmp_path / "config.json").write_text("{}")
+    elif content in ("no weights", "broken weights"):
+        tiny_kl().save_pretrained(tmp_path)
+        weights = tmp_path / "diffusion_pytorch_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000]) if content == "broken weights" else weights.unlink()
+    refusal(tmp_path)
+
+
+def test_model_that_is_no_autoencoder(tmp_path):
+    """A diffusers model of another kind is refused by its class."""
+    from diffusers import UNet2DModel
+
+    UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        norm_num_groups=4,
+        layers_per_block=1,
+    ).save_pretrained(tmp_path)
+    assert "UNet2DModel" in refusal(tmp_path)
