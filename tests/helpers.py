@@ -153,3 +153,15 @@ def contents(folder: Path) -> dict[str, str]:
 
 def random_delays(seed: int, count: int, longest: float) -> list[float]:
     return [random.Random(seed * 1000 + i).uniform(0, longest) for i in range(count)]
+
+
+def scalars(run_dir: Path, tag: str) -> dict[int, float]:
+    """step -> value of a curve in the TensorBoard logs of a run, over all the processes that wrote some of it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    values = {}
+    for file in sorted(run_dir.glob("logs/**/events.out.tfevents*"), key=lambda path: path.stat().st_mtime):
+        events = EventAccumulator(str(file)).Reload()
+        if tag in events.Tags()["scalars"]:
+            values |= {event.step: event.value for event in events.Scalars(tag)}
+    return dict(sorted(values.items()))

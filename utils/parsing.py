@@ -137,6 +137,8 @@ def checked_value(path: str, key: str, value: Any, action: argparse.Action) -> A
 def converted(value: Any, action: argparse.Action, refuse: Callable[[str], UserError]) -> Any:
     """A scalar through its flag's type and choices."""
     convert: Any = action.type
+    if value is False and "no" in (action.choices or ()):
+        value = "no"  # which YAML reads as false unless it is quoted
     if isinstance(value, bool | list | dict) or (convert is None and not isinstance(value, str)):
         raise refuse("text" if convert is None else "a number")
     try:
@@ -144,7 +146,8 @@ def converted(value: Any, action: argparse.Action, refuse: Callable[[str], UserE
     except argparse.ArgumentTypeError as error:
         raise refuse(str(error)) from error
     except ValueError as error:
-        raise refuse("a number") from error
+        is_whole = getattr(convert, "__annotations__", {}).get("return") is int
+        raise refuse("a whole number" if is_whole else "a number") from error
     if action.choices is not None and result not in action.choices:
         raise refuse("one of " + ", ".join(map(str, action.choices)))
     return result
