@@ -119,6 +119,8 @@ def test_dropped_text_rows_are_the_null_and_others_untouched(dtype):
             last = 2 if drop[i] else int(values["num_tokens"][i])
             assert torch.equal(conditioning.encoder_hidden_states[i], expected)
             assert torch.equal(conditioning.pooled_projections[i], expected[last - 1])
+    half = condition.half()(values, torch.tensor([True, False, False]))  # the model decides the dtype, not the cache
+    assert half.encoder_hidden_states.dtype == torch.float16
 
 
 def test_dropped_labels_are_the_row_after_the_last_class():

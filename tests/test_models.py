@@ -88,15 +88,24 @@ def test_unet_sizes_are_the_published_ones(preset, text_width, parameters):
     assert num_parameters(unet) == (parameters if exact else pytest.approx(parameters, rel=1e-3))
 
 
-def test_sd_v1_preset_is_stable_diffusions_config():
-    """The sd-v1 preset and diffusers' defaults, which are Stable Diffusion 1.5's, give the same names and shapes."""
+@pytest.mark.parametrize(
+    ("preset", "settings"),
+    [
+        ("sd-v1", {"cross_attention_dim": 768}),
+        ("sd-v2", {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}),
+    ],
+)
+def test_sd_presets_are_stable_diffusions_configs(preset, settings):
+    """The presets and the hub's configs, over diffusers' defaults, give the same names, shapes and numbers of heads."""
     with torch.device("meta"):
-        ours = UNet2DConditionModel.from_config(unet_config("sd-v1", 64, 4, 768, class_conditional=False))
-        stock = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        config = unet_config(preset, 64, 4, settings["cross_attention_dim"], class_conditional=False)
+        ours = UNet2DConditionModel.from_config(config)
+        stock = UNet2DConditionModel(sample_size=64, **settings)
     shapes = {name: tensor.shape for name, tensor in ours.state_dict().items()}
     assert shapes == {name: tensor.shape for name, tensor in stock.state_dict().items()}
-    heads = {name: m.heads for name, m in ours.named_modules() if hasattr(m, "heads")}
-    assert set(heads.values()) == {8}
+    heads = {name: module.heads for name, module in ours.named_modules() if hasattr(module, "heads")}
+    assert heads == {name: module.heads for name, module in stock.named_modules() if hasattr(module, "heads")}
+    assert set(heads.values()) == ({8} if preset == "sd-v1" else {5, 10, 20})
 
 
 @pytest.mark.parametrize("preset", UNET_PRESETS)
@@ -195,12 +204,10 @@ def test_conditional_denoiser_passes_each_condition_on(kind):
             "num_tokens": torch.tensor([2, 5, 3]),
             "class_labels": torch.tensor([0, 1, 2]),
         }
-        others = {name: value.flip(0) for name, value in values.items()}
+        others = {name: value.roll(1, 0) for name, value in values.items()}
         drop = torch.tensor([False, True, False])
         first = denoiser(inputs["sample"], inputs["timestep"], values, drop)
-        second = denoiser(
-            inputs["sample"], inputs["timestep"], others | {"class_labels": torch.tensor([1, 2, 0])}, drop
-        )
+        second = denoiser(inputs["sample"], inputs["timestep"], others, drop)
         assert (first[0] - second[0]).abs().max() > 1e-3
         torch.testing.assert_close(first[1], second[1], rtol=1e-4, atol=1e-4)
 
@@ -419,6 +426,18 @@ def test_bf16_autocast(make):
     output.float().square().mean().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dit_runs_in_half_precision(dtype):
+    """A DiT cast to half precision, as for sampling, stays there and is close to fp32."""
+    dit = randomise(tiny_dit(), std=0.02).eval()
+    inputs = tiny_inputs()
+    exact = dit(**inputs).sample
+    halved = {name: value if name == "timestep" else value.to(dtype) for name, value in inputs.items()}
+    output = dit.to(dtype)(**halved, encoder_attention_mask=torch.ones(3, 5, dtype=torch.bool)).sample
+    assert output.dtype == dtype
+    assert (output.float() - exact).norm() < 0.05 * exact.norm()
 
 
 def test_dit_takes_a_lora_adapter():

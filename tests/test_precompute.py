@@ -125,17 +125,6 @@ def test_two_processes_make_the_cache_of_one(flags, whole, tmp_path):
     assert contents(tmp_path / "cache") == contents(whole)
 
 
-def test_ranks_write_shards_of_their_own(flags, tmp_path):
-    """Of two processes one is killed before it has begun: only every second shard is there."""
-    folder = tmp_path / "cache"
-    running = start(PRECOMPUTE, *flags, "--latents_dir", folder, processes=2)
-    assert running.kill_when(lambda: num_shards(folder) >= 4)
-    pids = {}
-    for path in (folder / "latents").glob("shard-*.json"):
-        pids.setdefault(int(path.stem.split("-")[1]) % 2, []).append(path)
-    assert set(pids) == {0, 1} or len(pids) == 1  # whichever was quicker
-
-
 # ---- fingerprints ---------------------------------------------------------------------------------------------------
 
 
