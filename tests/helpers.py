@@ -4,12 +4,13 @@ and has its own rank, for a tenth of a second instead of the ten that the import
 import hashlib
 import multiprocessing
 import os
-import random
 import runpy
+import shutil
 import socket
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,7 @@ class Running:
     def __init__(self, script: str, flags: tuple[object, ...], processes: int):
         _start_fork_server()
         self.folder = Path(tempfile.mkdtemp(prefix="run-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -149,10 +151,6 @@ def snapshot(*folders: Path) -> dict[str, str]:
 def contents(folder: Path) -> dict[str, str]:
     """The same with names relative to `folder`: equal for folders that hold the same."""
     return {str(Path(name).relative_to(folder)): digest for name, digest in snapshot(folder).items()}
-
-
-def random_delays(seed: int, count: int, longest: float) -> list[float]:
-    return [random.Random(seed * 1000 + i).uniform(0, longest) for i in range(count)]
 
 
 def scalars(run_dir: Path, tag: str) -> dict[int, float]:

@@ -9,18 +9,8 @@ from utils import codecs
 from utils.codecs import Normalisation
 from utils.errors import UserError
 
-# Turning oneDNN off, below, makes torch speak of Intel GPUs.
-pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration")
-
 # What no plain scaling can say.
 PER_CHANNEL = Normalisation((0.3, -1.2, 2.0, 0.0), (0.5, 1.7, 4.0, 0.25))
-
-
-@pytest.fixture(autouse=True)
-def _without_onednn():
-    """oneDNN spends up to seconds on preparing each convolution of a new shape."""
-    with torch.backends.mkldnn.flags(enabled=False):
-        yield
 
 
 def tiny_kl(**settings):

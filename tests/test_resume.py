@@ -305,12 +305,13 @@ def test_resuming_on_two_processes_what_one_began(cache, model_flags, tmp_path):
 
 
 def test_accelerate_launch(common, uninterrupted, tmp_path):
-    """`accelerate launch`, with the configuration in the repository, trains what plain python trains."""
+    """`accelerate launch`, with the configuration in the repository, trains what plain python trains; the configuration's
+    precision gives way to the flag."""
     config = ROOT / "accelerate_config.yaml"
     script, _, flags = common["text unet"]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     command += ["--config_file", str(config)] if config.is_file() else []
-    command += [str(ROOT / script), *map(str, flags), "--output_dir", str(tmp_path / "run")]
+    command += [str(ROOT / script), *map(str, flags), "--output_dir", str(tmp_path / "run"), "--mixed_precision", "no"]
     result = subprocess.run(
         command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300
     )

@@ -227,15 +227,24 @@ def test_pooled_state_with_the_hubs_end_token(checkpoints, tmp_path):
 
 
 def test_converted_model_saves_and_loads(checkpoints, tmp_path):
-    """What open_clip's weights became is saved as a CLIPTextModel that transformers alone loads, with equal states."""
+    """What open_clip's weights became is saved as a CLIPTextModel that transformers alone loads, with equal states, and
+    whose pooler_output is open_clip's: the state of the end of text, the token with the largest id."""
     from transformers import CLIPTextModel
 
-    _, checkpoint = checkpoints["tiny-gelu"]
+    from utils.conditions import tokenize
+
+    model, checkpoint = checkpoints["tiny-gelu"]
     tokenizer, text_encoder = load_text_encoder(f"tiny-gelu:{checkpoint}", library="open_clip")
     text_encoder.save_pretrained(tmp_path)
     values = encode_text(tokenizer, text_encoder, CAPTIONS)
-    again = encode_text(tokenizer, CLIPTextModel.from_pretrained(tmp_path).eval(), CAPTIONS)
+    loaded = CLIPTextModel.from_pretrained(tmp_path).eval()
+    again = encode_text(tokenizer, loaded, CAPTIONS)
     assert torch.equal(values["encoder_hidden_states"], again["encoder_hidden_states"])
+    ends = open_clip.SimpleTokenizer(context_length=77)(CAPTIONS).argmax(dim=1)
+    truth = states_of_open_clip(model, CAPTIONS)[torch.arange(len(CAPTIONS)), ends]
+    with torch.no_grad():
+        pooled = loaded(tokenize(tokenizer, CAPTIONS)[0]).pooler_output
+    torch.testing.assert_close(pooled, truth, rtol=1e-5, atol=1e-5)
 
 
 # Bad input: one line that names what is wrong

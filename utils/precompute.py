@@ -143,6 +143,7 @@ def build_latent_cache(args: Namespace, accelerator: Accelerator, cache_dir: Pat
         check_fingerprint(spec.fingerprint, fingerprint, cache_dir)
         return spec
     plan = fingerprint | {"rows_per_shard": args.rows_per_shard, "max_cached_captions": args.max_cached_captions}
+    plan["mixed_precision"] = accelerator.mixed_precision  # shards of one cache are encoded alike
     with accelerator.main_process_first():
         claim_folder(cache_dir, plan)
     encoders.vae.to(accelerator.device)
