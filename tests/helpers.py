@@ -2,10 +2,14 @@
 and has its own rank, for a tenth of a second instead of the ten that the imports cost."""
 
 import hashlib
+import importlib
+import itertools
 import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -49,12 +53,43 @@ def _start_fork_server() -> None:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _run_as_main(script: str, flags: list[str], environment: dict[str, str], out: str, err: str) -> None:
+@dataclass(frozen=True)
+class SignalAt:
+    """A signal that a process sends to itself when it is about to call a function, "module:name", for the `count`-th time:
+    the same moment on every machine, however fast. With several processes only `rank` does."""
+
+    function: str
+    count: int
+    signal: int = signal.SIGKILL
+    rank: int = 0
+
+    def install(self) -> None:
+        module_name, _, name = self.function.partition(":")
+        owner = importlib.import_module(module_name)
+        *parents, name = name.split(".")
+        for parent in parents:
+            owner = getattr(owner, parent)
+        function = getattr(owner, name)
+        calls = itertools.count(1)
+
+        def signalled(*arguments, **named):
+            if next(calls) == self.count:
+                os.kill(os.getpid(), self.signal)
+            return function(*arguments, **named)
+
+        setattr(owner, name, signalled)
+
+
+def _run_as_main(
+    script: str, flags: list[str], environment: dict[str, str], out: str, err: str, signal_at: SignalAt | None
+) -> None:
     """In the new process: the script as `python script flags` would run it."""
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.environ.update(environment)
     os.chdir(ROOT)
+    if signal_at is not None and signal_at.rank == int(environment.get("RANK", 0)):
+        signal_at.install()
     sys.argv = [script, *flags]
     runpy.run_path(script, run_name="__main__")
 
@@ -71,7 +106,7 @@ class Result:
 class Running:
     """A script under way, in one process or several ranks of gloo."""
 
-    def __init__(self, script: str, flags: tuple[object, ...], processes: int):
+    def __init__(self, script: str, flags: tuple[object, ...], processes: int, signal_at: SignalAt | None):
         _start_fork_server()
         self.folder = Path(tempfile.mkdtemp(prefix="run-"))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
@@ -85,13 +120,20 @@ class Running:
                 "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             }  # fmt: skip
             logs = (str(self.folder / f"out{rank}"), str(self.folder / f"err{rank}"))
-            arguments = (str(ROOT / script), list(map(str, flags)), environment, *logs)
+            arguments = (str(ROOT / script), list(map(str, flags)), environment, *logs, signal_at)
             self.ranks.append(_context.Process(target=_run_as_main, args=arguments, daemon=True))
         for process in self.ranks:
             process.start()
 
     def is_alive(self) -> bool:
         return all(process.is_alive() for process in self.ranks)
+
+    def wait_for_kill(self, timeout: float = 120) -> bool:
+        """Waits for the SIGKILL that `signal_at` sends, kills the other ranks, and says whether it came."""
+        multiprocessing.connection.wait([process.sentinel for process in self.ranks], timeout)
+        killed = any(process.exitcode == -signal.SIGKILL for process in self.ranks)
+        self.kill()
+        return killed
 
     def kill(self) -> None:
         """SIGKILL to every rank."""
@@ -127,9 +169,9 @@ class Running:
         return Result(next((code for code in codes if code), 0), out, err)
 
 
-def start(script: str, *flags: object, processes: int = 1) -> Running:
+def start(script: str, *flags: object, processes: int = 1, signal_at: SignalAt | None = None) -> Running:
     """Starts a script and returns at once."""
-    return Running(script, flags, processes)
+    return Running(script, flags, processes, signal_at)
 
 
 def run(script: str, *flags: object, processes: int = 1, check: bool = True) -> Result:

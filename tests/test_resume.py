@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, cache_flags, refused, run_script
-from helpers import ENVIRONMENT, contents, run, scalars, snapshot, start
+from helpers import ENVIRONMENT, SignalAt, contents, run, scalars, snapshot, start
 from safetensors.torch import load_file
 
 from utils.optimization import learning_rate_at
@@ -106,21 +106,26 @@ def assert_identical(folder, expected) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_killed_and_resumed_is_bit_identical(common, uninterrupted, tmp_path, name):
-    """Three SIGKILLs: at a random moment, while a checkpoint is being written, and at another random moment."""
+    """SIGKILL at a random step; twice while a checkpoint is written: before its files are on the disk, and before old ones
+    are deleted; and, from outside, at a random moment, which may be after the end."""
     script, processes, flags = common[name]
     expected = uninterrupted(name)
     folder = tmp_path / "run"
     chance = random.Random(name)
-    moments = [
-        lambda: (folder / "checkpoint-4").exists(),
-        lambda: (folder / ".tmp-checkpoint-12").exists(),
-        lambda: (folder / "checkpoint-16").exists(),
+    kills = [
+        ("utils.run:StepLog.step_done", chance.randint(5, 7), 4),
+        ("utils.checkpoints:fsync_path", 2, 4),  # steps 5 to 8, and one file of checkpoint-8
+        ("utils.checkpoints:prune", 2, 12),  # steps 5 to 8, and 9 to 12
+        ("utils.run:StepLog.step_done", chance.randint(1, 3), 12),
     ]
-    for moment, longest in zip(moments, (0.2, 0.02, 0.2), strict=True):
-        running = start(script, *flags, "--output_dir", folder, *LATEST, processes=processes)
-        assert running.kill_when(moment, delay=chance.uniform(0, longest)), running.wait().stderr
-    assert not (folder / "model_index.json").exists()
-    assert max(steps_of(folder)) < STEPS
+    for function, count, last_checkpoint in kills:
+        rank = chance.randrange(processes) if "StepLog" in function else 0
+        signal_at = SignalAt(function, count, rank=rank)
+        running = start(script, *flags, "--output_dir", folder, *LATEST, processes=processes, signal_at=signal_at)
+        assert running.wait_for_kill(), running.wait().stderr
+        assert max(steps_of(folder)) == last_checkpoint
+    running = start(script, *flags, "--output_dir", folder, *LATEST, processes=processes)
+    running.kill_when(lambda: (folder / "checkpoint-16").exists(), delay=chance.uniform(0, 0.2))
     result = run(script, *flags, "--output_dir", folder, *LATEST, processes=processes)
     assert f"going on from {folder}/checkpoint-" in result.stderr
     assert_identical(folder, expected)
