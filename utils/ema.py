@@ -34,7 +34,8 @@ class EMA:
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
-        """Exchanges weights and average; a second call undoes the first, bit for bit."""
+        """Exchanges weights and average; a second call undoes the first, bit for bit where the weights are fp32,
+        as those of a training are."""
         for name, parameter in model.named_parameters():
             weights = parameter.detach().clone()
             parameter.copy_(self.shadow[name])

@@ -191,9 +191,14 @@ def write_latents(
     if done:
         logger.info("going on with %s: %d images are done", cache_dir, done)
     num_skipped = 0
+    bar = {
+        "total": source.num_rows and -(-source.num_rows // world),  # each process writes about an equal share
+        "initial": done // world,
+        "desc": "latents" if world == 1 else f"latents, process 1 of {world}",
+    }
     with (
         ThreadPoolExecutor(args.decode_workers) as pool,
-        tqdm(total=source.num_rows, initial=done, unit=" images", desc="latents", disable=rank > 0) as progress,
+        tqdm(**bar, unit=" images", disable=rank > 0) as progress,
     ):
         for index, rows in source.chunks(lambda i: i % world == rank and not shards.is_done(i)):
             shard = Shard(encoder, shape, columns)

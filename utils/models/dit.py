@@ -148,9 +148,9 @@ class DiTBlock(nn.Module):
 class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Predicts like its input (B, C, H, W) from noisy latents, timesteps and conditions.
 
-    `forward` takes what `UNet2DConditionModel.forward` takes, so that either stands where the other does:
-    `class_labels` are pooled projections (B, `projection_class_embeddings_input_dim`), `encoder_hidden_states` (B, S,
-    `cross_attention_dim`).
+    `forward` names its arguments as `UNet2DConditionModel.forward` does, so that `ConditionalDenoiser` and the
+    pipelines call either: `class_labels` are pooled projections (B, `projection_class_embeddings_input_dim`),
+    `encoder_hidden_states` (B, S, `cross_attention_dim`), `encoder_attention_mask` (B, S), True = attend.
     """
 
     _supports_gradient_checkpointing = True
