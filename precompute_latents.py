@@ -9,7 +9,7 @@ Killed at any moment and started again it continues. Several processes each enco
 import argparse
 from pathlib import Path
 
-from utils import args as shared
+from utils import input_args
 from utils.errors import UserError
 from utils.parsing import non_negative_int, parse_with_config, required, run_script
 
@@ -26,9 +26,9 @@ def parse_args() -> argparse.Namespace:
         default=None,
         help="Autocast of the VAE. Default: what accelerate's config says.",
     )
-    shared.add_dataset_args(parser)
-    shared.add_condition_args(parser)
-    shared.add_cache_args(parser)
+    input_args.add_dataset_args(parser)
+    input_args.add_condition_args(parser)
+    input_args.add_cache_args(parser)
     args = parse_with_config(parser)
     required(args, "latents_dir")
     if not args.dataset_name and not args.train_data_dir:

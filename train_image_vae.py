@@ -10,7 +10,7 @@ give OUTPUT_DIR to precompute_latents.py as --pretrained_vae_model_name_or_path.
 import argparse
 from pathlib import Path
 
-from utils import arg_checks
+from utils import arg_checks, input_args
 from utils import args as shared
 from utils.parsing import non_negative_float, parse_with_config, positive_int, required, run_script
 
@@ -42,9 +42,11 @@ def parse_args() -> argparse.Namespace:
     shared.add_run_args(parser)
     shared.add_optimizer_args(parser)
     shared.add_ema_args(parser)
-    shared.add_dataset_args(parser)
+    input_args.add_dataset_args(parser)
     args = parse_with_config(parser)
     required(args, "output_dir")
+    arg_checks.check_run_args(args)
+    arg_checks.check_optimizer_args(args)
     arg_checks.check_ema_args(args)
     return args
 
@@ -53,7 +55,8 @@ def main(args: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from utils import build, checkpoints, optimization, run, vae_training
+    from utils import build, optimization, run, vae_training
+    from utils.checkpoints import Checkpoints
     from utils.draws import SampleDraws
     from utils.ema import EMA
     from utils.image_stream import to_pixels
@@ -74,28 +77,37 @@ def main(args: argparse.Namespace) -> None:
         (args.adam_beta1, args.adam_beta2),
         args.adam_weight_decay,
         args.adam_epsilon,
-        args.use_8bit_adam,
+        args.optimizer,
     )
     autoencoder, optimizer = accelerator.prepare(autoencoder, optimizer)
     model = accelerator.unwrap_model(autoencoder)
     ema = EMA(model, args.ema_decay) if args.use_ema else None
     run_identity = run.identity_of(args, model, data_identity, accelerator)
-    first_step = checkpoints.resume(accelerator, output_dir, args.resume_from_checkpoint, ema, run_identity)
+    saver = Checkpoints(
+        accelerator, output_dir, autoencoder, optimizer, ema, run_identity, args.checkpoints_total_limit
+    )
+    first_step = saver.resume(args.resume_from_checkpoint)
     run.save_args(args, output_dir, accelerator)
     if args.torch_compile:
         autoencoder = torch.compile(autoencoder)
     batches = iter(run.make_loader(stream, args, accelerator, first_step))
     run.announce(args, accelerator, model, stream.order.num_rows, first_step)
-    step_log = run.StepLog(accelerator, run.samples_per_step(args, accelerator))
+    control = run.make_control(args, accelerator, output_dir, first_step)
+    step_log = run.StepLog(accelerator, control, run.samples_per_step(args, accelerator))
     progress = tqdm(
         total=args.max_train_steps, initial=first_step, unit="step", disable=not accelerator.is_main_process
     )
 
     # Loop
     autoencoder.train()
-    for global_step in range(first_step, args.max_train_steps):
+    for global_step in control.steps():
         learning_rate = optimization.learning_rate_at(
-            global_step, args.learning_rate, args.lr_scheduler, args.lr_warmup_steps, args.max_train_steps
+            global_step,
+            args.learning_rate,
+            args.lr_scheduler,
+            args.lr_warmup_steps,
+            args.max_train_steps,
+            control.time_share,
         )
         optimization.set_learning_rate(optimizer, learning_rate)
         for _ in range(args.gradient_accumulation_steps):
@@ -108,30 +120,33 @@ def main(args: argparse.Namespace) -> None:
                 reconstruction_loss = RECONSTRUCTION_LOSSES[args.reconstruction_loss](reconstruction.float(), images)
                 loss = reconstruction_loss + args.kl_weight * kl.mean()
                 accelerator.backward(loss)
+                step_log.add(loss)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(autoencoder.parameters(), args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            step_log.add(loss)
-        if ema is not None:
+                    grad_norm = accelerator.clip_grad_norm_(autoencoder.parameters(), args.max_grad_norm)
+                    moved = control.may_step(step_log.step_loss, grad_norm)
+                    if moved or accelerator.scaler is not None:  # the scaler of fp16 skips, and must know that it did
+                        optimizer.step()
+                    optimizer.zero_grad()
+        if ema is not None and moved:
             ema.step(model, global_step)
         progress.update()
 
         done = global_step + 1
-        step_log.step_done()
-        if done % args.logging_steps == 0 or done == args.max_train_steps:
+        step_log.step_done(moved, args.gradient_accumulation_steps)
+        if done % args.logging_steps == 0 or control.is_last:
             progress.set_postfix(step_log.flush(learning_rate, done))
-        if done % args.checkpointing_steps == 0 or done == args.max_train_steps:
-            checkpoints.save_checkpoint(accelerator, output_dir, done, ema, run_identity, args.checkpoints_total_limit)
-        if done % args.validation_steps == 0 or done == args.max_train_steps:
-            with run.averaged_weights(model, ema):
+        if done % args.checkpointing_steps == 0 or control.is_last:
+            saver.save(done)
+        if done % args.validation_steps == 0 or control.is_finished:
+            with run.averaged_weights(accelerator, model, ema):
                 vae_training.save_reconstructions(accelerator, output_dir, model, stream, done)
     progress.close()
+    control.say_how_it_ended()
 
     # Export
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        with run.averaged_weights(model, ema):
+    if accelerator.is_main_process and not control.interrupted:
+        with run.averaged_weights(accelerator, model, ema):
             vae_training.measure_latents(model.vae, stream, args.num_statistics_samples, accelerator)
             model.vae.save_pretrained(output_dir / "vae")
     accelerator.end_training()

@@ -10,7 +10,7 @@ folder that sample.py and diffusers load.
 import argparse
 from pathlib import Path
 
-from utils import arg_checks
+from utils import arg_checks, input_args
 from utils import args as shared
 from utils.parsing import fraction, parse_with_config, required, run_script
 
@@ -29,14 +29,19 @@ def parse_args() -> argparse.Namespace:
     shared.add_objective_args(parser)
     shared.add_optimizer_args(parser)
     shared.add_ema_args(parser)
+    shared.add_power_ema_args(parser)
     shared.add_validation_args(parser, "prompts")
-    shared.add_dataset_args(parser)
-    shared.add_condition_args(parser)
-    shared.add_cache_args(parser)
+    input_args.add_dataset_args(parser)
+    input_args.add_condition_args(parser)
+    input_args.add_cache_args(parser)
     args = parse_with_config(parser)
     required(args, "output_dir")
+    arg_checks.check_run_args(args)
     arg_checks.check_objective_args(args)
+    arg_checks.check_routing_args(args)
+    arg_checks.check_optimizer_args(args)
     arg_checks.check_ema_args(args)
+    arg_checks.check_power_ema_args(args)
     arg_checks.check_condition_column(args, "caption_column")
     arg_checks.check_validation_args(args)
     return args
@@ -46,7 +51,8 @@ def main(args: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from utils import build, checkpoints, export, optimization, run, validation
+    from utils import build, export, optimization, run, validation
+    from utils.checkpoints import Checkpoints
     from utils.conditions import encode_text
     from utils.draws import SampleDraws
     from utils.ema import EMA
@@ -67,26 +73,6 @@ def main(args: argparse.Namespace) -> None:
         denoiser.conditions.set_null(null["encoder_hidden_states"][0], int(null["num_tokens"][0]))
     if args.enable_xformers_memory_efficient_attention:
         optimization.enable_xformers(denoiser.model, accelerator.device)
-
-    # Prepare
-    optimizer = optimization.make_optimizer(
-        denoiser,
-        args.learning_rate,
-        (args.adam_beta1, args.adam_beta2),
-        args.adam_weight_decay,
-        args.adam_epsilon,
-        args.use_8bit_adam,
-    )
-    denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
-    model = accelerator.unwrap_model(denoiser)
-    ema = EMA(model, args.ema_decay) if args.use_ema else None
-    run_identity = run.identity_of(args, model, cache.spec.identity(), accelerator)
-    first_step = checkpoints.resume(accelerator, output_dir, args.resume_from_checkpoint, ema, run_identity)
-    run.save_args(args, output_dir, accelerator)  # nothing was written until all was found to fit
-    if accelerator.is_main_process:
-        export.save_frozen_parts(output_dir, model, frozen)
-    if args.torch_compile:
-        denoiser = torch.compile(denoiser)
     grids = validation.Grids(
         accelerator,
         frozen,
@@ -95,18 +81,45 @@ def main(args: argparse.Namespace) -> None:
         args.validation_guidance_scale,
         args.validation_inference_steps,
     )
+
+    # Prepare
+    optimizer = optimization.make_optimizer(
+        denoiser,
+        args.learning_rate,
+        (args.adam_beta1, args.adam_beta2),
+        args.adam_weight_decay,
+        args.adam_epsilon,
+        args.optimizer,
+    )
+    denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
+    model = accelerator.unwrap_model(denoiser)
+    ema = EMA(model, args.ema_decay, args.ema_sigma_rels or ()) if args.use_ema else None
+    run_identity = run.identity_of(args, model, cache.spec.identity(), accelerator)
+    saver = Checkpoints(accelerator, output_dir, denoiser, optimizer, ema, run_identity, args.checkpoints_total_limit)
+    first_step = saver.resume(args.resume_from_checkpoint)
+    run.save_args(args, output_dir, accelerator)  # nothing was written until all was found to fit
+    if accelerator.is_main_process:
+        export.save_frozen_parts(output_dir, model, frozen)
+    if args.torch_compile:
+        denoiser = torch.compile(denoiser)
     batches = iter(run.make_loader(LatentStream(cache, args.seed), args, accelerator, first_step))
     run.announce(args, accelerator, model, len(cache), first_step)
-    step_log = run.StepLog(accelerator, run.samples_per_step(args, accelerator))
+    control = run.make_control(args, accelerator, output_dir, first_step)
+    step_log = run.StepLog(accelerator, control, run.samples_per_step(args, accelerator))
     progress = tqdm(
         total=args.max_train_steps, initial=first_step, unit="step", disable=not accelerator.is_main_process
     )
 
     # Loop
     denoiser.train()
-    for global_step in range(first_step, args.max_train_steps):
+    for global_step in control.steps():
         learning_rate = optimization.learning_rate_at(
-            global_step, args.learning_rate, args.lr_scheduler, args.lr_warmup_steps, args.max_train_steps
+            global_step,
+            args.learning_rate,
+            args.lr_scheduler,
+            args.lr_warmup_steps,
+            args.max_train_steps,
+            control.time_share,
         )
         optimization.set_learning_rate(optimizer, learning_rate)
         for _ in range(args.gradient_accumulation_steps):
@@ -121,38 +134,44 @@ def main(args: argparse.Namespace) -> None:
                 timesteps = objective.sample_timesteps(draws.uniform("timestep"))  # (B,)
                 noisy_latents = objective.add_noise(latents, objective.perturb(noise, draws), timesteps)
                 drop = draws.uniform("condition_drop") < args.cond_drop_prob  # (B,), once a sample
-                model_pred = denoiser(noisy_latents, timesteps, batch, drop)
+                kept_tokens = model.draw_kept_tokens(draws, args.tread_ratio)  # (B, K) or None
+                model_pred = denoiser(noisy_latents, timesteps, batch, drop, kept_tokens)
                 target = objective.target(latents, noise, timesteps)
                 loss = objective.loss(model_pred, target, timesteps)
                 accelerator.backward(loss)
+                step_log.add(loss)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(denoiser.parameters(), args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            step_log.add(loss)
-        if ema is not None:
+                    grad_norm = accelerator.clip_grad_norm_(denoiser.parameters(), args.max_grad_norm)
+                    moved = control.may_step(step_log.step_loss, grad_norm)
+                    if moved or accelerator.scaler is not None:  # the scaler of fp16 skips, and must know that it did
+                        optimizer.step()
+                    optimizer.zero_grad()
+        if ema is not None and moved:
             ema.step(model, global_step)
         progress.update()
 
         done = global_step + 1
-        step_log.step_done()
-        if done % args.logging_steps == 0 or done == args.max_train_steps:
+        step_log.step_done(moved, args.gradient_accumulation_steps)
+        if done % args.logging_steps == 0 or control.is_last:
             progress.set_postfix(step_log.flush(learning_rate, done))
-        if done % args.checkpointing_steps == 0 or done == args.max_train_steps:
-            checkpoints.save_checkpoint(accelerator, output_dir, done, ema, run_identity, args.checkpoints_total_limit)
-        if args.validation_prompts and (done % args.validation_steps == 0 or done == args.max_train_steps):
-            with run.averaged_weights(model, ema):
-                grids.save(model, done, prompts=args.validation_prompts)
+        if done % args.checkpointing_steps == 0 or control.is_last:
+            saver.save(done)
+        if ema is not None and (done % args.ema_snapshot_steps == 0 or control.is_finished):
+            ema.save_snapshots(accelerator, output_dir, done)
+        if args.validation_prompts and (done % args.validation_steps == 0 or control.is_finished):
+            with run.averaged_weights(accelerator, model, ema) as averaged:
+                grids.save(averaged, done, prompts=args.validation_prompts)
     progress.close()
+    control.say_how_it_ended()
 
     # Export
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        with run.averaged_weights(model, ema):
+    with run.averaged_weights(accelerator, model, ema) as averaged:
+        if accelerator.is_main_process and not control.interrupted:
             card = export.model_card(
-                cache.spec, args.prediction_type, args.max_train_steps, args.train_batch_size, args.use_ema
+                cache.spec, args.prediction_type, control.steps_done, args.train_batch_size, args.use_ema
             )
-            export.export_run(output_dir, model, frozen, card)
+            export.export_run(output_dir, averaged, frozen, card)
     accelerator.end_training()
 
 

@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -54,13 +55,12 @@ def _start_fork_server() -> None:
 
 
 @dataclass(frozen=True)
-class SignalAt:
-    """A signal that a process sends to itself when it is about to call a function, "module:name", for the `count`-th time:
-    the same moment on every machine, however fast. With several processes only `rank` does."""
+class Fault:
+    """Something that goes wrong in a process when it calls a function, "module:name", for the `count`-th time: the same
+    moment on every machine, however fast. With several processes it goes wrong in `rank` only."""
 
     function: str
     count: int
-    signal: int = signal.SIGKILL
     rank: int = 0
 
     def install(self) -> None:
@@ -72,24 +72,53 @@ class SignalAt:
         function = getattr(owner, name)
         calls = itertools.count(1)
 
-        def signalled(*arguments, **named):
-            if next(calls) == self.count:
-                os.kill(os.getpid(), self.signal)
-            return function(*arguments, **named)
+        def faulty(*arguments, **named):
+            return self.call(next(calls), lambda: function(*arguments, **named))
 
-        setattr(owner, name, signalled)
+        setattr(owner, name, faulty)
+
+    def call(self, number: int, function: Callable[[], Any]) -> Any:
+        """The function's `number`-th call."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SignalAt(Fault):
+    """A signal that the process sends to itself just before that call."""
+
+    signal: int = signal.SIGKILL
+
+    def call(self, number, function):
+        if number == self.count:
+            os.kill(os.getpid(), self.signal)
+        return function()
+
+
+@dataclass(frozen=True)
+class NotFinite(Fault):
+    """A tensor that the function returns is made infinite, in that call and the `times` - 1 after it; its gradient only
+    `with_gradient`."""
+
+    times: int = 1
+    with_gradient: bool = True
+
+    def call(self, number, function):
+        value = function()
+        if self.count <= number < self.count + self.times:
+            return value * float("inf") if self.with_gradient else value + float("inf")
+        return value
 
 
 def _run_as_main(
-    script: str, flags: list[str], environment: dict[str, str], out: str, err: str, signal_at: SignalAt | None
+    script: str, flags: list[str], environment: dict[str, str], out: str, err: str, fault: Fault | None
 ) -> None:
     """In the new process: the script as `python script flags` would run it."""
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.environ.update(environment)
     os.chdir(ROOT)
-    if signal_at is not None and signal_at.rank == int(environment.get("RANK", 0)):
-        signal_at.install()
+    if fault is not None and fault.rank == int(environment.get("RANK", 0)):
+        fault.install()
     sys.argv = [script, *flags]
     runpy.run_path(script, run_name="__main__")
 
@@ -106,7 +135,9 @@ class Result:
 class Running:
     """A script under way, in one process or several ranks of gloo."""
 
-    def __init__(self, script: str, flags: tuple[object, ...], processes: int, signal_at: SignalAt | None):
+    def __init__(
+        self, script: str, flags: tuple[object, ...], processes: int, fault: Fault | None, extra: dict[str, str]
+    ):
         _start_fork_server()
         self.folder = Path(tempfile.mkdtemp(prefix="run-"))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
@@ -115,12 +146,12 @@ class Running:
             port = probe.getsockname()[1]
         self.ranks = []
         for rank in range(processes):
-            environment = {} if processes == 1 else {
+            environment = extra if processes == 1 else extra | {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
                 "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             }  # fmt: skip
             logs = (str(self.folder / f"out{rank}"), str(self.folder / f"err{rank}"))
-            arguments = (str(ROOT / script), list(map(str, flags)), environment, *logs, signal_at)
+            arguments = (str(ROOT / script), list(map(str, flags)), environment, *logs, fault)
             self.ranks.append(_context.Process(target=_run_as_main, args=arguments, daemon=True))
         for process in self.ranks:
             process.start()
@@ -129,7 +160,7 @@ class Running:
         return all(process.is_alive() for process in self.ranks)
 
     def wait_for_kill(self, timeout: float = 120) -> bool:
-        """Waits for the SIGKILL that `signal_at` sends, kills the other ranks, and says whether it came."""
+        """Waits for the SIGKILL that `fault` sends, kills the other ranks, and says whether it came."""
         multiprocessing.connection.wait([process.sentinel for process in self.ranks], timeout)
         killed = any(process.exitcode == -signal.SIGKILL for process in self.ranks)
         self.kill()
@@ -169,14 +200,20 @@ class Running:
         return Result(next((code for code in codes if code), 0), out, err)
 
 
-def start(script: str, *flags: object, processes: int = 1, signal_at: SignalAt | None = None) -> Running:
+def start(
+    script: str,
+    *flags: object,
+    processes: int = 1,
+    fault: Fault | None = None,
+    environment: dict[str, str] | None = None,
+) -> Running:
     """Starts a script and returns at once."""
-    return Running(script, flags, processes, signal_at)
+    return Running(script, flags, processes, fault, environment or {})
 
 
-def run(script: str, *flags: object, processes: int = 1, check: bool = True) -> Result:
-    """Runs a script to its end; fails, with all it printed, if its exit code is not 0."""
-    result = start(script, *flags, processes=processes).wait()
+def run(script: str, *flags: object, check: bool = True, **settings: Any) -> Result:
+    """Runs a script to its end, with the `settings` of `start`; fails, with all it printed, if its exit code is not 0."""
+    result = start(script, *flags, **settings).wait()
     if check and result.returncode:
         raise AssertionError(
             f"{script} {' '.join(map(str, flags))}\nexit code {result.returncode}\n{result.stdout}\n{result.stderr}"

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -120,8 +121,8 @@ def test_killed_and_resumed_is_bit_identical(common, uninterrupted, tmp_path, na
     ]
     for function, count, last_checkpoint in kills:
         rank = chance.randrange(processes) if "StepLog" in function else 0
-        signal_at = SignalAt(function, count, rank=rank)
-        running = start(script, *flags, "--output_dir", folder, *LATEST, processes=processes, signal_at=signal_at)
+        fault = SignalAt(function, count, rank=rank)
+        running = start(script, *flags, "--output_dir", folder, *LATEST, processes=processes, fault=fault)
         assert running.wait_for_kill(), running.wait().stderr
         assert max(steps_of(folder)) == last_checkpoint
     running = start(script, *flags, "--output_dir", folder, *LATEST, processes=processes)
@@ -135,6 +136,24 @@ def test_killed_and_resumed_is_bit_identical(common, uninterrupted, tmp_path, na
     assert scalars(folder, "train/learning_rate") == scalars(expected, "train/learning_rate")
     assert (folder / "args.yaml").is_file()
     assert (folder / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_writes_a_checkpoint_and_exits_0(common, uninterrupted, tmp_path, name, number):
+    """Of two processes one alone gets it; the other stops at the same step."""
+    script, processes, flags = common[name]
+    folder = tmp_path / "run"
+    flags = [*flags, "--output_dir", folder, *LATEST]
+    fault = SignalAt("utils.objectives:Objective.loss", 7, rank=processes - 1, signal=number)
+    result = run(script, *flags, processes=processes, fault=fault)
+    step = 4 if "accumulated" in name else 7
+    assert steps_of(folder)[-1] == step
+    assert f"stopped by a signal after step {step}" in result.stderr
+    assert "--resume_from_checkpoint latest" in result.stderr
+    assert not (folder / "model_index.json").exists()
+    run(script, *flags, processes=processes)
+    assert_identical(folder, uninterrupted(name))
 
 
 def test_learning_rate_is_that_of_the_step(uninterrupted):
@@ -230,7 +249,7 @@ OTHERS = {
     "accumulation": (["--gradient_accumulation_steps", 2], "samples per step = 4", "8"),
     "objective": (["--prediction_type", "epsilon"], "prediction_type = v_prediction", "epsilon"),
     "no average": (["--no-use_ema"], "use_ema = True", "False"),
-    "8 bit": (["--use_8bit_adam"], "use_8bit_adam = False", "True"),
+    "8 bit": (["--use_8bit_adam"], "optimizer = adamw", "adamw_8bit"),
     "normalisation": (["--latent_normalisation", "measured"], "latent_normalisation = vae", "measured"),
     "model": (["--model", "dit", "--model_size", "S/2", "--model_config", None], "model = unet", "dit"),
     "width": (["--model_config", {"block_out_channels": [8, 24], "norm_num_groups": 4}], "parameters = ", "0."),
@@ -307,6 +326,19 @@ def test_resuming_on_two_processes_what_one_began(cache, model_flags, tmp_path):
         expected, found = scalars(tmp_path / "one", tag), scalars(tmp_path / "moved", tag)
         assert list(found) == [9, 10, 11, 12]
         assert list(found.values()) == pytest.approx([expected[step] for step in found], rel=1e-5)
+
+
+def test_accelerate_launch_of_two_processes(common, uninterrupted, tmp_path):
+    """The configuration for two processes without a GPU, as documented; nothing in the environment says CPU."""
+    config = ROOT / "configs" / "accelerate" / "cpu_ddp.yaml"
+    script, _, flags = common["text dit, two processes"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += [str(ROOT / script), *map(str, flags), "--output_dir", str(tmp_path / "run")]
+    environment = {name: value for name, value in (os.environ | ENVIRONMENT).items() if name != "ACCELERATE_USE_CPU"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "2 process(es)" in result.stderr
+    assert_identical(tmp_path / "run", uninterrupted("text dit, two processes"))
 
 
 def test_accelerate_launch(common, uninterrupted, tmp_path):

@@ -22,7 +22,7 @@ TOOLS = sorted([*ROOT.glob("demo/*.py"), *ROOT.glob("benchmarks/*.py")])
 # A file imports only from its own floor or below. Names are those of modules inside `utils`; `*` stands for anything.
 FLOORS: dict[int, tuple[str, ...]] = {
     # maths: torch and schedulers
-    0: ("__init__", "errors", "files", "tensor_ops", "draws", "objectives", "guidance", "likelihoods"),
+    0: ("__init__", "errors", "files", "tensor_ops", "draws", "objectives", "guidance", "power_ema", "likelihoods"),
     # modules
     1: ("models", "models.*", "conditions"),
     # data and artefacts
@@ -30,13 +30,19 @@ FLOORS: dict[int, tuple[str, ...]] = {
     # run plumbing
     3: (
         "args",
+        "input_args",
         "run",
+        "run_control",
+        "sharding",
         "checkpoints",
         "ema",
         "sampling",
         "pipelines",
         "parsing",
         "budget",
+        "plan_args",
+        "planning",
+        "measuring",
         "build",
         "precompute",
         "validation",
@@ -48,7 +54,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     ),
 }
 # The modules of `utils` that may take the parsed arguments: run set-up, and the one script that others run first.
-SEES_ARGS = ("args", "arg_checks", "parsing", "build", "run", "precompute")
+SEES_ARGS = ("args", "input_args", "plan_args", "arg_checks", "parsing", "build", "run", "precompute")
 
 MAX_LINES_OF_SCRIPT, MAX_LINES_OF_UTILS, MAX_NESTING = 250, 300, 5
 HEAVY = {"open_clip", "bitsandbytes", "xformers", "peft", "pymatgen", "anndata", "torchmetrics", "gradio"}

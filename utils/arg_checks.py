@@ -12,6 +12,16 @@ def check_condition_column(args: Namespace, name: str) -> None:
         raise UserError(f"--{name} is required with a dataset: name the column that holds the {name.split('_')[0]}s")
 
 
+DEFAULT_TRAIN_STEPS = 100_000
+MAX_SIGMA_REL = 12**-0.5  # the plain mean of all weights
+
+
+def check_run_args(args: Namespace) -> None:
+    """Settles how long a run is: steps, hours, or whichever ends first."""
+    if args.max_train_steps is None and args.max_train_hours is None:
+        args.max_train_steps = DEFAULT_TRAIN_STEPS
+
+
 def check_objective_args(args: Namespace) -> None:
     """Refuses combinations that make no sense, with the reason."""
     ddpm_only = ("snr_gamma", "noise_offset", "input_perturbation", "rescale_betas_zero_snr")
@@ -38,10 +48,45 @@ def check_objective_args(args: Namespace) -> None:
     refuse_together(args, "rescale_betas_zero_snr", "input_perturbation", "the last timestep has no signal to perturb")
 
 
+def check_optimizer_args(args: Namespace) -> None:
+    """Settles the name of the optimizer, for which --use_8bit_adam is an older flag."""
+    if not args.use_8bit_adam:
+        return
+    if "optimizer" in args.given and args.optimizer != "adamw_8bit":
+        raise UserError(
+            f"--use_8bit_adam with --optimizer {args.optimizer}: it stands for --optimizer adamw_8bit; leave one out, "
+            "or add --no-use_8bit_adam if a file sets it"
+        )
+    args.optimizer = "adamw_8bit"
+    args.given.add("optimizer")
+
+
+def check_routing_args(args: Namespace) -> None:
+    """Refuses routes past the blocks of a model that has no tokens, and routes for all of them."""
+    if args.tread_ratio and args.model != "dit":
+        raise UserError(
+            f"--tread_ratio with --model {args.model}: the tokens of a transformer can skip blocks, but convolutions "
+            "need the whole grid; use --model dit or leave it out"
+        )
+    if args.tread_ratio == 1:
+        raise UserError("--tread_ratio 1: no token would be left for the middle blocks; 0.5 is usual")
+
+
 def check_ema_args(args: Namespace) -> None:
     """Refuses a decay of an average that is not kept."""
     if not args.use_ema and "ema_decay" in args.typed:
         raise UserError("--ema_decay with --no-use_ema: no average is kept; leave one out")
+
+
+def check_power_ema_args(args: Namespace) -> None:
+    """Refuses widths that no power function has, and settings of snapshots that are not kept."""
+    if args.ema_sigma_rels and not args.use_ema:
+        raise UserError("--ema_sigma_rels with --no-use_ema: no average is kept; leave one out")
+    if "ema_snapshot_steps" in args.typed and not args.ema_sigma_rels:
+        raise UserError("--ema_snapshot_steps without --ema_sigma_rels: there is nothing to keep; give 0.05 0.1, say")
+    for sigma_rel in args.ema_sigma_rels or []:
+        if not 0 < sigma_rel < MAX_SIGMA_REL:
+            raise UserError(f"--ema_sigma_rels: {sigma_rel} is not below {MAX_SIGMA_REL:.4f}; 0.05 0.1 is usual")
 
 
 def check_validation_args(args: Namespace) -> None:

@@ -3,7 +3,6 @@
 Imports no torch: `--help` and every complaint about a flag come before anything heavy is loaded.
 """
 
-import os
 from argparse import ArgumentParser, BooleanOptionalAction
 
 from utils.parsing import (
@@ -22,7 +21,24 @@ def add_run_args(parser: ArgumentParser) -> None:
         "--output_dir", default=None, help="Folder of the run: checkpoints, logs, samples, final model."
     )
     group.add_argument("--seed", type=non_negative_int, default=0, help="Seed of data order, noise and new weights.")
-    group.add_argument("--max_train_steps", type=positive_int, default=100_000, help="Optimizer steps in all.")
+    group.add_argument(
+        "--max_train_steps",
+        type=positive_int,
+        default=None,
+        help="Optimizer steps in all. Default: 100000, or as many as --max_train_hours allow.",
+    )
+    group.add_argument(
+        "--max_train_hours",
+        type=positive_float,
+        default=None,
+        help="Wall-clock hours in all, resumes included; the learning rate's schedule then follows the clock.",
+    )
+    group.add_argument(
+        "--max_nonfinite_steps",
+        type=positive_int,
+        default=20,
+        help="Stop after so many steps in a row whose loss or gradient was not finite; such steps change no weight.",
+    )
     group.add_argument("--train_batch_size", type=positive_int, default=64, help="Samples per process and micro-step.")
     group.add_argument(
         "--gradient_accumulation_steps", type=positive_int, default=1, help="Micro-steps per optimizer step."
@@ -52,100 +68,6 @@ def add_run_args(parser: ArgumentParser) -> None:
     group.add_argument("--logging_steps", type=positive_int, default=50, help="Steps between values in the tracker.")
 
 
-def add_dataset_args(parser: ArgumentParser) -> None:
-    """Which images, and how they are cut."""
-    group = parser.add_argument_group("dataset")
-    group.add_argument("--dataset_name", default=None, help="Hub name, local folder, or .parquet file or pattern.")
-    group.add_argument("--dataset_config_name", default=None, help="Configuration of a dataset that has several.")
-    group.add_argument("--dataset_revision", default=None, help="Branch, tag or commit of a hub dataset.")
-    group.add_argument("--dataset_split", default="train", help="Split to read.")
-    group.add_argument(
-        "--train_data_dir", default=None, help="Image folder with metadata.jsonl, or with one folder a class."
-    )
-    group.add_argument("--image_column", default=None, help="Default: the only image column.")
-    group.add_argument(
-        "--resolution", type=positive_int, default=256, help="Pixels of a side after resizing and cropping."
-    )
-    group.add_argument(
-        "--center_crop", action=BooleanOptionalAction, default=False, help="Crop the centre instead of a random place."
-    )
-    group.add_argument(
-        "--random_flip",
-        action=BooleanOptionalAction,
-        default=False,
-        help="Also encode the mirrored image; one is drawn per epoch.",
-    )
-    group.add_argument(
-        "--alpha_background",
-        choices=["white", "grey", "black"],
-        default="white",
-        help="What transparent images are laid on.",
-    )
-    group.add_argument("--max_samples", type=positive_int, default=None, help="Use the first N rows only.")
-
-
-def add_condition_args(parser: ArgumentParser) -> None:
-    """What is cached beside the images, and how the dataset is read for it."""
-    group = parser.add_argument_group("captions and labels")
-    group.add_argument(
-        "--caption_column", default=None, help="Text, or a list of texts of which one is drawn per epoch."
-    )
-    group.add_argument("--label_column", default=None, help="Class label: an integer.")
-    group.add_argument(
-        "--streaming",
-        action=BooleanOptionalAction,
-        default=False,
-        help="Read the dataset without downloading it whole.",
-    )
-    group.add_argument(
-        "--max_skipped_fraction",
-        type=fraction,
-        default=0.05,
-        help="Stop if more than this share of images is unreadable.",
-    )
-
-
-def add_cache_args(parser: ArgumentParser) -> None:
-    """The frozen models and what is stored of what they give."""
-    group = parser.add_argument_group("latent cache")
-    group.add_argument(
-        "--pretrained_vae_model_name_or_path",
-        default="stabilityai/sd-vae-ft-mse",
-        help="Any diffusers autoencoder: hub name or folder.",
-    )
-    group.add_argument(
-        "--pretrained_text_encoder_name_or_path",
-        default="laion/CLIP-ViT-L-14-laion2B-s32B-b82K",
-        help="CLIP text encoder: hub name or folder; with open_clip also ARCHITECTURE:CHECKPOINT_FILE.",
-    )
-    group.add_argument(
-        "--text_encoder_library",
-        choices=["transformers", "open_clip"],
-        default="transformers",
-        help="What loads the text encoder.",
-    )
-    group.add_argument("--tokenizer_name", default=None, help="Default: the tokenizer beside the text encoder.")
-    group.add_argument(
-        "--latent_content",
-        choices=["moments", "mean"],
-        default=None,
-        help="Store the posterior's mean and std (default, where the VAE has one) or its mean.",
-    )
-    group.add_argument("--encode_batch_size", type=positive_int, default=16, help="Images per VAE call.")
-    group.add_argument(
-        "--rows_per_shard", type=positive_int, default=512, help="Images per shard: what a kill can cost."
-    )
-    group.add_argument(
-        "--max_cached_captions",
-        type=non_negative_int,
-        default=200_000,
-        help="Above so many distinct captions token ids are cached and the text encoder runs in the training loop.",
-    )
-    group.add_argument(
-        "--decode_workers", type=positive_int, default=min(8, os.cpu_count() or 1), help="Threads that decode images."
-    )
-
-
 def add_model_args(parser: ArgumentParser) -> None:
     """The denoiser."""
     group = parser.add_argument_group("model")
@@ -153,8 +75,8 @@ def add_model_args(parser: ArgumentParser) -> None:
     group.add_argument(
         "--model_size",
         default=None,
-        help="U-Net: tiny, cifar10, base (314M), sd-v1, sd-v2, ldm-kl-8. DiT: S/2, B/4, XL/8, ... (size/patch). "
-        "Default: base, B/2.",
+        help="U-Net: tiny, cifar10, base (314M), sd-v1, sd-v2, ldm-kl-8. DiT: S/2, B/4, XL/8, ... (size/patch), or "
+        "plain-S/2, ... with the blocks of the DiT paper. Default: base, B/2.",
     )
     group.add_argument(
         "--model_config",
@@ -170,6 +92,12 @@ def add_model_args(parser: ArgumentParser) -> None:
         action=BooleanOptionalAction,
         default=False,
         help="Attention by xformers (CUDA only).",
+    )
+    group.add_argument(
+        "--tread_ratio",
+        type=fraction,
+        default=0.0,
+        help="Share of the tokens that skip the middle blocks of a DiT while it trains; 0.5 is usual, 0 is off.",
     )
 
 
@@ -237,11 +165,19 @@ def add_optimizer_args(parser: ArgumentParser) -> None:
         "--lr_warmup_steps", type=non_negative_int, default=500, help="Optimizer steps of linear warm-up."
     )
     group.add_argument(
-        "--use_8bit_adam", action=BooleanOptionalAction, default=False, help="AdamW of bitsandbytes, 8-bit states."
+        "--optimizer",
+        choices=["adamw", "adamw_8bit", "muon"],
+        default="adamw",
+        help="adamw_8bit: 8-bit states, by bitsandbytes. muon: for a transformer's matrices, with AdamW for the rest.",
+    )
+    group.add_argument(
+        "--use_8bit_adam", action=BooleanOptionalAction, default=False, help="The same as --optimizer adamw_8bit."
     )
     group.add_argument("--adam_beta1", type=fraction, default=0.9, help="Decay of the first moment.")
     group.add_argument("--adam_beta2", type=fraction, default=0.999, help="Decay of the second moment.")
-    group.add_argument("--adam_weight_decay", type=non_negative_float, default=0.01, help="Decoupled weight decay.")
+    group.add_argument(
+        "--adam_weight_decay", type=non_negative_float, default=0.01, help="Decoupled weight decay, of Muon too."
+    )
     group.add_argument("--adam_epsilon", type=positive_float, default=1e-8, help="Added to the denominator.")
     group.add_argument("--max_grad_norm", type=positive_float, default=1.0, help="Gradients are clipped to this norm.")
 
@@ -251,6 +187,22 @@ def add_ema_args(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("ema")
     group.add_argument("--use_ema", action=BooleanOptionalAction, default=True, help="Keep an fp32 moving average.")
     group.add_argument("--ema_decay", type=fraction, default=0.9999, help="Decay per step, after a warm-up.")
+
+
+def add_power_ema_args(parser: ArgumentParser) -> None:
+    """Averages whose length is chosen after training."""
+    group = parser.add_argument_group("power-function ema")
+    group.add_argument(
+        "--ema_sigma_rels",
+        nargs="+",
+        type=positive_float,
+        default=None,
+        help="Also keep EDM2's averages of these relative widths, 0.05 0.1 say, as snapshots for sample.py "
+        "--ema_sigma_rel.",
+    )
+    group.add_argument(
+        "--ema_snapshot_steps", type=positive_int, default=5000, help="Steps between those snapshots (half precision)."
+    )
 
 
 def add_validation_args(parser: ArgumentParser, what: str) -> None:

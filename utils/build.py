@@ -1,6 +1,7 @@
 """The parts of a training, from its arguments: data, cache, denoiser, objective."""
 
 import inspect
+import logging
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,16 @@ from utils.files import sha256_json
 from utils.image_sources import dataset_identity, open_image_dataset
 from utils.image_stream import ImageStream
 from utils.latent_cache import LatentCache, LatentSpec, check_fingerprint
-from utils.models.denoiser import ConditionalDenoiser
-from utils.models.dit import DIT_SIZES, DiT
+from utils.models.denoiser import ConditionalDenoiser, num_tokens
+from utils.models.dit import AFTER_ROUTE, BEFORE_ROUTE, DIT_SIZES, DiT
 from utils.models.image_vae import VAE_PRESETS
 from utils.models.unet import UNET_PRESETS, build_unet, unet_config
 from utils.objectives import OBJECTIVES, Objective, training_scheduler
 from utils.parsing import read_yaml
 from utils.precompute import build_latent_cache
 from utils.text_encoders import load_text_encoder
+
+logger = logging.getLogger(__name__)
 
 
 def open_cache(args: Namespace, accelerator: Accelerator, output_dir: Path) -> LatentCache:
@@ -93,6 +96,11 @@ def build_objective(args: Namespace, device: torch.device) -> tuple[Objective, A
     scheduler = training_scheduler(
         args.prediction_type, args.beta_schedule, args.rescale_betas_zero_snr, args.flow_shift
     )
+    if (args.prediction_type, args.beta_schedule) == ("epsilon", "squaredcos_cap_v2"):
+        logger.warning(
+            "--beta_schedule squaredcos_cap_v2 with --prediction_type epsilon: the last timesteps are all noise, and "
+            "a sampler multiplies the model's errors there by thousands; v_prediction has no such trouble"
+        )
     if args.prediction_type == "flow":
         settings: dict[str, Any] = {"timestep_density": args.timestep_density}
     else:
@@ -117,9 +125,25 @@ def build_denoiser(args: Namespace, cache: LatentCache, condition: str) -> Condi
         model = DiT.from_config(config) if args.model == "dit" else build_unet(config)
     except (ValueError, TypeError) as error:
         raise UserError(f"--model_size/--model_config: {error}") from error
+    if args.tread_ratio:
+        check_routing(args.tread_ratio, model)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return ConditionalDenoiser(model, build_condition(condition, cache, config, is_dit=args.model == "dit"))
+
+
+def check_routing(tread_ratio: float, model: DiT) -> None:
+    """Raises UserError where no token, or past no block, would be routed."""
+    if model.config.num_layers <= BEFORE_ROUTE + AFTER_ROUTE:
+        raise UserError(
+            f"--tread_ratio: the route passes all blocks but the first {BEFORE_ROUTE} and the last {AFTER_ROUTE}, and "
+            f"this model has only {model.config.num_layers}; use a deeper one or leave the flag out"
+        )
+    if int(num_tokens(model) * tread_ratio) == 0:
+        raise UserError(
+            f"--tread_ratio: {tread_ratio} of the {num_tokens(model)} tokens of a sample is less than one; use a "
+            "larger share"
+        )
 
 
 def build_condition(condition: str, cache: LatentCache, config: dict[str, Any], is_dit: bool):
@@ -132,7 +156,10 @@ def build_condition(condition: str, cache: LatentCache, config: dict[str, Any], 
             raise UserError(
                 "--latents_dir: this cache has no labels; precompute with --label_column, or add --unconditional"
             )
-        width = config["projection_class_embeddings_input_dim"] if is_dit else 4 * config["block_out_channels"][0]
+        if is_dit:  # of its own width, where it is added to the timestep embedding without a projection
+            width = config["projection_class_embeddings_input_dim"] or config["hidden_size"]
+        else:
+            width = 4 * config["block_out_channels"][0]
         return ClassCondition(spec.labels["num_classes"], width, spec.labels["names"])
     if spec.captions is None:
         raise UserError("--latents_dir: this cache has no captions; precompute with --caption_column")
@@ -162,17 +189,21 @@ def unet_arguments(
 def dit_arguments(
     size: str | None, sample_size: int, channels: int, text_dim: int | None, condition: str
 ) -> dict[str, Any]:
-    """Arguments of a DiT by its name in the paper: size/patch."""
+    """Arguments of a DiT by its name in the paper, size/patch; with "plain-" before it, of the paper's own blocks."""
     name, _, patch = (size or "B/2").partition("/")
+    is_plain, name = name.startswith("plain-"), name.removeprefix("plain-")
     if name not in DIT_SIZES or patch not in ("1", "2", "4", "8"):
         raise UserError(
-            f"--model_size {size}: a DiT has sizes {', '.join(DIT_SIZES)} with patch 1, 2, 4 or 8, as in B/2"
+            f"--model_size {size}: a DiT has sizes {', '.join(DIT_SIZES)} with patch 1, 2, 4 or 8, as in B/2, and "
+            "plain-B/2 for the blocks of the paper"
         )
     num_layers, hidden_size, heads = DIT_SIZES[name]
     if sample_size % int(patch):
         raise UserError(
             f"--model_size {size}: latents of {sample_size} x {sample_size} do not divide into patches of {patch}"
         )
+    pooled_dim = {"class": hidden_size, "text": text_dim, "none": None}[condition]
+    adds_labels = is_plain and condition == "class"  # as the paper does
     return {
         "sample_size": sample_size,
         "patch_size": int(patch),
@@ -181,7 +212,9 @@ def dit_arguments(
         "hidden_size": hidden_size,
         "num_attention_heads": heads,
         "cross_attention_dim": text_dim,
-        "projection_class_embeddings_input_dim": {"class": hidden_size, "text": text_dim, "none": None}[condition],
+        "projection_class_embeddings_input_dim": None if adds_labels else pooled_dim,
+        "class_embed_type": "identity" if adds_labels else None,
+        "style": "plain" if is_plain else "modern",
     }
 
 

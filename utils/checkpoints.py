@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
 
 from utils.ema import EMA
 from utils.errors import UserError
 from utils.files import fsync_path, read_json, sha256_file, write_json
+from utils.sharding import load_state, save_state
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
-EMA_FILE = "ema.safetensors"
 MIN_KEPT = 2
 
 
@@ -30,36 +32,53 @@ def checkpoint_steps(output_dir: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match and (output_dir / match[0] / MANIFEST).is_file())
 
 
-def save_checkpoint(
-    accelerator: Accelerator,
-    output_dir: Path,
-    global_step: int,
-    ema: EMA | None,
-    identity: dict[str, Any],
-    total_limit: int,
-) -> None:
-    """Writes `checkpoint-{global_step}` after `global_step` optimizer steps; every process calls this.
+class Checkpoints:
+    """Those of one run: every process holds one of these, and calls each method together with the others.
 
-    `identity` is what a run that goes on from here must share: model, objective, data, batch.
+    `model` and `optimizer` are the prepared ones; `identity` is what a run that goes on must share: model, objective,
+    data, batch.
     """
-    final = output_dir / f"checkpoint-{global_step}"
-    temporary = output_dir / f".tmp-checkpoint-{global_step}"
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary), safe_serialization=True)
-    if ema is not None and accelerator.is_main_process:
-        ema.save(temporary / EMA_FILE)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output_dir: Path,
+        model: nn.Module,
+        optimizer: AcceleratedOptimizer,
+        ema: EMA | None,
+        identity: dict[str, Any],
+        total_limit: int,
+    ):
+        self.accelerator, self.output_dir = accelerator, output_dir
+        self.model, self.optimizer, self.ema = model, optimizer.optimizer, ema
+        self.identity, self.total_limit = identity, total_limit
+
+    def save(self, global_step: int) -> None:
+        """Writes `checkpoint-{global_step}` after `global_step` optimizer steps."""
+        final = self.output_dir / f"checkpoint-{global_step}"
+        temporary = self.output_dir / f".tmp-checkpoint-{global_step}"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        save_state(self.accelerator, self.model, self.optimizer, temporary)
+        if self.ema is not None:
+            self.ema.save(temporary, self.accelerator.is_main_process)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self._complete(temporary, final, global_step)
+            prune(self.output_dir, self.total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _complete(self, temporary: Path, final: Path, global_step: int) -> None:
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         for path in files:
             fsync_path(path)
         manifest = {
             "global_step": global_step,
-            "identity": identity,
-            "num_processes": accelerator.num_processes,
+            "identity": self.identity,
+            "num_processes": self.accelerator.num_processes,
+            "is_sharded": self.accelerator.is_fsdp2,
             "num_threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "files": {str(path.relative_to(temporary)): sha256_file(path) for path in files},
@@ -67,9 +86,35 @@ def save_checkpoint(
         write_json(temporary / MANIFEST, manifest)
         shutil.rmtree(final, ignore_errors=True)  # left by a run that was resumed from an earlier step
         temporary.replace(final)
-        fsync_path(output_dir)
-        prune(output_dir, total_limit)
-    accelerator.wait_for_everyone()
+        fsync_path(self.output_dir)
+
+    def resume(self, resume_from_checkpoint: str | None) -> int:
+        """Loads the checkpoint that `--resume_from_checkpoint` names, if any; returns the number of optimizer steps
+        done. Raises UserError where there is none of that name, or it is damaged, or of another run.
+        """
+        if not resume_from_checkpoint:
+            return 0
+        checkpoint = find_checkpoint(self.output_dir, resume_from_checkpoint)
+        if checkpoint is None:
+            logger.info("%s holds no checkpoint: starting from the beginning", self.output_dir)
+            return 0
+        manifest = read_json(checkpoint / MANIFEST)
+        self._check_identity(checkpoint, manifest)
+        load_state(self.accelerator, self.model, self.optimizer, checkpoint)
+        if self.ema is not None:
+            self.ema.load(checkpoint)
+        logger.info("going on from %s, after %d steps", checkpoint, manifest["global_step"])
+        return manifest["global_step"]
+
+    def _check_identity(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
+        had = manifest["identity"] | {"FSDP": manifest.get("is_sharded", False)}
+        has = self.identity | {"FSDP": self.accelerator.is_fsdp2}
+        for key, value in has.items():
+            if had.get(key) != value:
+                raise UserError(
+                    f"--resume_from_checkpoint: {checkpoint} was trained with {key} = {had.get(key)}, "
+                    f"this run has {value}; give the same flags as then, or another --output_dir"
+                )
 
 
 def prune(output_dir: Path, total_limit: int) -> None:
@@ -118,42 +163,3 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | Non
         advice = f"use --resume_from_checkpoint checkpoint-{earlier[-1]}" if earlier else "there is no earlier one"
         raise UserError(f"--resume_from_checkpoint: {checkpoint} cannot be used: {found}; {advice}")
     return checkpoint
-
-
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, ema: EMA | None, identity: dict[str, Any]) -> int:
-    """Loads model, optimizer and EMA; returns the number of optimizer steps done. Every process calls this.
-
-    Raises UserError where the checkpoint belongs to a run with another `identity`.
-    """
-    manifest = read_json(checkpoint / MANIFEST)
-    for key, value in identity.items():
-        if manifest["identity"].get(key) != value:
-            raise UserError(
-                f"--resume_from_checkpoint: {checkpoint} was trained with {key} = {manifest['identity'].get(key)}, "
-                f"this run has {value}; give the same flags as then, or another --output_dir"
-            )
-    accelerator.load_state(str(checkpoint))
-    if ema is not None:
-        ema.load(checkpoint / EMA_FILE)
-    return manifest["global_step"]
-
-
-def resume(
-    accelerator: Accelerator,
-    output_dir: Path,
-    resume_from_checkpoint: str | None,
-    ema: EMA | None,
-    identity: dict[str, Any],
-) -> int:
-    """Loads the checkpoint that `--resume_from_checkpoint` names, if any; returns the number of optimizer steps
-    done.
-    """
-    if not resume_from_checkpoint:
-        return 0
-    checkpoint = find_checkpoint(output_dir, resume_from_checkpoint)
-    if checkpoint is None:
-        logger.info("%s holds no checkpoint: starting from the beginning", output_dir)
-        return 0
-    global_step = load_checkpoint(accelerator, checkpoint, ema, identity)
-    logger.info("going on from %s, after %d steps", checkpoint, global_step)
-    return global_step

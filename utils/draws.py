@@ -59,6 +59,14 @@ class SampleDraws:
             row.normal_(generator=self.generator.manual_seed(int(key >> np.uint64(1))))
         return normals
 
+    def subset(self, name: str, size: int, count: int) -> Tensor:
+        """`count` of the numbers 0 to `size` - 1, ascending: (B, count) int64, every choice as likely as any other."""
+        with np.errstate(over="ignore"):  # each row is SplitMix64's stream from the sample's key on
+            steps = np.arange(size, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+            lots = splitmix64(keys(self.seed, name, self.positions)[:, None] + steps)  # (B, size)
+        lowest = np.argpartition(lots, count - 1, axis=1)[:, :count]  # (B, count)
+        return torch.from_numpy(np.sort(lowest, axis=1)).to(self.device, non_blocking=True)
+
 
 class StreamOrder:
     """Which row stands where in the endless stream: position p is the (p mod N)-th row of a permutation that is drawn

@@ -16,8 +16,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file
 
 from utils import codecs, conditions, guidance, pipelines
-from utils.checkpoints import EMA_FILE, MANIFEST, checkpoint_steps, damage
+from utils.checkpoints import MANIFEST, checkpoint_steps, damage
 from utils.codecs import Normalisation
+from utils.ema import EMA_FILE, reconstruct
 from utils.errors import UserError
 from utils.files import read_json, write_json, write_text
 from utils.latent_cache import LatentSpec
@@ -152,28 +153,32 @@ def export_run(output_dir: Path, denoiser: ConditionalDenoiser, parts: FrozenPar
     write_json(output_dir / "model_index.json", index)
 
 
-def load_run(path: str | Path) -> LatentDiffusionPipeline:
+def load_run(path: str | Path, ema_sigma_rel: float | None = None, flag: str = "--model") -> LatentDiffusionPipeline:
     """The pipeline of a finished run, of a run that is not finished (its newest checkpoint), or of a checkpoint. EMA
-    weights, where the run kept an average. Executes no code from the folder. Raises UserError for a folder that is no
-    run.
+    weights, where the run kept an average, or the average `ema_sigma_rel` made of the run's snapshots. Executes no
+    code from the folder. Raises UserError, which names the flag, for a folder that is no run.
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"--model: {path} does not exist; give a run's folder or one of its checkpoints")
+        raise UserError(f"{flag}: {path} does not exist; give a run's folder or one of its checkpoints")
     checkpoint = path if (path / MANIFEST).is_file() else None
     run_dir = path.parent if checkpoint else path
     name = next((each for each in ("unet", "transformer") if (run_dir / each / "config.json").is_file()), None)
     if name is None or not (run_dir / "vae").is_dir() or not (run_dir / "scheduler").is_dir():
         raise UserError(
-            f"--model: {path} is no run (no unet/ or transformer/ beside vae/ and scheduler/); "
+            f"{flag}: {path} is no run (no unet/ or transformer/ beside vae/ and scheduler/); "
             "give a run's folder or a checkpoint"
         )
     if checkpoint is None and not (run_dir / "model_index.json").is_file():
         steps = checkpoint_steps(run_dir)
         if not steps:
-            raise UserError(f"--model: {run_dir} was never finished and has no checkpoint; train it first")
+            raise UserError(f"{flag}: {run_dir} was never finished and has no checkpoint; train it first")
         checkpoint = run_dir / f"checkpoint-{steps[-1]}"
-    denoiser = load_denoiser(run_dir, name, checkpoint)
+    denoiser = load_denoiser(run_dir, name, checkpoint, flag)
+    if ema_sigma_rel is not None:
+        last_step = read_json(checkpoint / MANIFEST)["global_step"] if checkpoint else None
+        average = reconstruct(run_dir, ema_sigma_rel, last_step)
+        denoiser.load_state_dict(denoiser.state_dict() | average)
     vae = codecs.load_vae(str(run_dir / "vae"))
     tokenizer = text_encoder = None
     if (run_dir / "text_encoder").is_dir():
@@ -190,7 +195,7 @@ def load_run(path: str | Path) -> LatentDiffusionPipeline:
     return make_pipeline(denoiser, parts)
 
 
-def load_denoiser(run_dir: Path, name: str, checkpoint: Path | None) -> ConditionalDenoiser:
+def load_denoiser(run_dir: Path, name: str, checkpoint: Path | None, flag: str) -> ConditionalDenoiser:
     """Denoiser and conditions of a finished run, or with the weights of a checkpoint of it."""
     folders = (run_dir / name, run_dir / "conditions")
     classes = [MODEL_CLASSES[read_json(folder / "config.json")["_class_name"]] for folder in folders]
@@ -199,7 +204,7 @@ def load_denoiser(run_dir: Path, name: str, checkpoint: Path | None) -> Conditio
         return ConditionalDenoiser(model, condition).eval()
     found = damage(checkpoint)
     if found:
-        raise UserError(f"--model: {checkpoint} cannot be used: {found}")
+        raise UserError(f"{flag}: {checkpoint} cannot be used: {found}")
     model, condition = (cls.from_config(cls.load_config(folder)) for cls, folder in zip(classes, folders, strict=True))
     denoiser = ConditionalDenoiser(model, condition)
     weights = load_file(checkpoint / "model.safetensors")
@@ -224,5 +229,5 @@ Trained from scratch on {name} ({spec.num_rows} images at {spec.fingerprint["res
 in the latents of `{spec.vae}`. The weights are {"their moving average" if use_ema else "the last ones"};
 `args.yaml` repeats the run.
 
-    python sample.py --model THIS_FOLDER --guidance_scale 7.5
+    python sample.py --model THIS_FOLDER
 """

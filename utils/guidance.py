@@ -1,24 +1,110 @@
-"""Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) at sampling time.
+"""Guidance at sampling time: a prediction is led away from a weaker one, which is the same model without its condition
+(classifier-free guidance, Ho & Salimans 2022, arXiv 2207.12598) or a worse model (autoguidance, Karras et al. 2024,
+arXiv 2406.02507).
 
-This file is copied into exported runs, beside the pipeline that uses it: it imports torch only.
+Predictions may be epsilon, v, x0 or the velocity of flow: at a given latent and timestep each is affine in any other,
+so extrapolating one extrapolates all. This file is copied into exported runs, beside the pipeline that uses it: it
+imports torch only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+Predict = Callable[[Tensor, Tensor], Tensor]  # latents (B, ...), timesteps (B,) -> prediction (B, ...)
+
+
+def extrapolate(prediction: Tensor, weaker: Tensor, guidance_scale: float) -> Tensor:
+    """weaker + scale * (prediction - weaker), all (B, ...). Scale 1 is the prediction itself."""
+    # arXiv 2207.12598, equation 6, with scale = 1 + w; arXiv 2406.02507, equation 3, with scale = w.
+    return weaker + guidance_scale * (prediction - weaker)
+
+
+def rescale(guided: Tensor, prediction: Tensor, guidance_rescale: float) -> Tensor:
+    """Moves the std of each sample of `guided` (B, ...), over all its other axes, towards that of the unguided
+    `prediction`, for guidance inflates it: 0 is off, 1 all the way.
+    """
+    axes = tuple(range(1, guided.ndim))
+    sigma_pos, sigma_cfg = (
+        each.float().std(dim=axes, keepdim=True, correction=0) for each in (prediction, guided)
+    )  # (B, 1, ...)
+    rescaled = guided * (sigma_pos / sigma_cfg.clamp(min=1e-8))  # arXiv 2305.08891, equation 15
+    return (guidance_rescale * rescaled + (1 - guidance_rescale) * guided).to(guided.dtype)  # equation 16
+
 
 def guided_prediction(
-    predict: Callable[[Tensor, Tensor], Tensor], noisy_latents: Tensor, timestep: Tensor, guidance_scale: float
+    predict: Predict,
+    noisy_latents: Tensor,
+    timestep: Tensor,
+    guidance_scale: float,
+    guidance_rescale: float = 0.0,
+    predict_weaker: Predict | None = None,
 ) -> Tensor:
-    """The prediction (B, ...) extrapolated from the unconditional branch: null + scale * (conditional - null).
+    """The prediction (B, ...) extrapolated from a weaker one.
 
-    `predict` takes latents and timesteps of 2 B samples, the conditional ones first, and runs both branches in one
-    batch. At `guidance_scale` 1 guidance is off, and `predict` is called with the B conditional samples only.
+    `predict_weaker` is that of the guide; `predict` then takes the B conditional samples. Without it the unconditional
+    branch is the weaker one: `predict` takes 2 B samples, the conditional ones first, and runs both branches in one
+    batch. At `guidance_scale` 1 guidance is off, and `predict` alone is called, with the B conditional samples.
     """
+    timesteps = timestep.expand(len(noisy_latents))  # (B,)
     if guidance_scale == 1:
-        return predict(noisy_latents, timestep.expand(len(noisy_latents)))
-    doubled = torch.cat([noisy_latents, noisy_latents])  # (2 B, ...)
-    conditional, unconditional = predict(doubled, timestep.expand(len(doubled))).chunk(2)
-    return unconditional + guidance_scale * (conditional - unconditional)
+        return predict(noisy_latents, timesteps)
+    if predict_weaker is None:
+        doubled = torch.cat([noisy_latents, noisy_latents])  # (2 B, ...)
+        prediction, weaker = predict(doubled, torch.cat([timesteps, timesteps])).chunk(2)
+    else:
+        prediction, weaker = predict(noisy_latents, timesteps), predict_weaker(noisy_latents, timesteps)
+    guided = extrapolate(prediction, weaker, guidance_scale)
+    return rescale(guided, prediction, guidance_rescale) if guidance_rescale else guided
+
+
+def guidance_scales(
+    timesteps: Tensor, num_train_timesteps: int, guidance_scale: float, guidance_interval: Sequence[float]
+) -> list[float]:
+    """The scale at each of the sampler's `timesteps` (S,): `guidance_scale` where timestep / num_train_timesteps (0 =
+    clean, 1 = noise) lies in the interval, and 1 elsewhere. Raises ValueError if it lies there at no step.
+    """
+    # The weight w(sigma) of arXiv 2404.07724, with the interval in shares of the training timesteps.
+    start, end = guidance_interval
+    inside = [start <= timestep / num_train_timesteps <= end for timestep in timesteps.tolist()]
+    if not any(inside):
+        raise ValueError(
+            f"guidance_interval {start:g} {end:g}: none of the sampler's {len(inside)} steps lies in it, so guidance "
+            "would never be on; widen it or take more num_inference_steps"
+        )
+    return [guidance_scale if each else 1.0 for each in inside]
+
+
+def check_guidance(
+    guidance_scale: float,
+    guidance_interval: Sequence[float],
+    guidance_rescale: float,
+    with_guide: bool,
+    with_negative_prompt: bool,
+) -> None:
+    """Raises ValueError, which starts with the argument at fault, for guidance that contradicts itself or would do
+    nothing. The scale of an unconditional run without a guide is 1.
+    """
+    start, end = guidance_interval
+    if not 0 <= start < end <= 1:
+        raise ValueError(f"guidance_interval {start:g} {end:g}: START must be below END, both between 0 and 1")
+    if not 0 <= guidance_rescale <= 1:
+        raise ValueError(f"guidance_rescale {guidance_rescale:g}: it must be between 0 and 1")
+    if with_guide and with_negative_prompt:
+        raise ValueError(
+            "guide_model with negative_prompt: a guide replaces the branch that the negative prompt would stand in; "
+            "leave one out"
+        )
+    needs_guidance = {
+        "guidance_interval": (start, end) != (0, 1),
+        "guidance_rescale": guidance_rescale != 0,
+        "guide_model": with_guide,
+        "negative_prompt": with_negative_prompt,
+    }
+    for name, is_set in needs_guidance.items():
+        if is_set and guidance_scale == 1:
+            raise ValueError(
+                f"{name}: guidance is off (guidance_scale 1, or an unconditional run without guide_model), so this "
+                "would do nothing; leave it out or turn guidance on"
+            )

@@ -19,15 +19,25 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
-def learning_rate_at(global_step: int, peak: float, schedule: str, warmup_steps: int, max_train_steps: int) -> float:
-    """The learning rate of optimizer step `global_step`, counted from 0.
+def learning_rate_at(
+    global_step: int,
+    peak: float,
+    schedule: str,
+    warmup_steps: int,
+    max_train_steps: int | None,
+    time_share: float = 0.0,
+) -> float:
+    """The learning rate of optimizer step `global_step`, counted from 0, when `time_share` in [0, 1] of the hours is
+    spent. The warm-up counts steps; after it steps or hours lead, whichever is nearer to its end.
 
     No state is kept, so there is none to resume, and it cannot step once for each process or micro-step.
     """
     if global_step < warmup_steps:
         return peak * (global_step + 1) / warmup_steps
-    done = (global_step - warmup_steps) / max(1, max_train_steps - warmup_steps)
-    return peak * LR_SCHEDULES[schedule](done)
+    steps_share = 0.0
+    if max_train_steps is not None:
+        steps_share = (global_step - warmup_steps) / max(1, max_train_steps - warmup_steps)
+    return peak * LR_SCHEDULES[schedule](max(steps_share, time_share))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -36,24 +46,98 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate
 
 
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that an optimizer moves."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def adamw(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101), fused into one kernel."""
+    return torch.optim.AdamW(trainable(model), fused=True, **settings)
+
+
+def adamw_8bit(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+    """AdamW with 8-bit states (arXiv 2110.02861). Raises UserError without bitsandbytes."""
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UserError(
+            "--optimizer adamw_8bit (--use_8bit_adam) needs the package bitsandbytes: pip install bitsandbytes"
+        ) from error
+    return bitsandbytes.optim.AdamW8bit(trainable(model), **settings)
+
+
+# Layers whose input is one vector a sample (timestep and pooled condition) and no tokens: a batch's gradient has the
+# rank of its few conditions, and Muon would raise the noise in all other directions to the size of the signal.
+MODULATIONS = ("adaln", "time_emb_proj")
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """What Muon is for: weights of the linear layers in repeated blocks. Layers outside those map to and from latents,
+    timesteps and conditions; convolutions have four axes, and torch's Muon takes two.
+    """
+    found = {
+        id(layer.weight)
+        for blocks in model.modules()
+        if isinstance(blocks, nn.ModuleList)
+        for name, layer in blocks.named_modules()
+        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] not in MODULATIONS
+    }
+    return [parameter for parameter in trainable(model) if id(parameter) in found]
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for the hidden matrices of a model and AdamW for everything else, as one optimizer.
+
+    Muon's steps are scaled to the size of AdamW's (arXiv 2502.16982, section 2.2), so that one learning rate and one
+    weight decay serve both. Each part has one parameter group here; groups and state are handed to the parts at each
+    step, so they may be replaced, as loading a state does.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter], adamw_settings: dict[str, Any]):
+        shared = {name: adamw_settings[name] for name in ("lr", "weight_decay")}
+        self.parts = [
+            torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **shared),
+            torch.optim.AdamW(others, fused=True, **adamw_settings),
+        ]
+        super().__init__([part.param_groups[0] for part in self.parts], defaults={})
+
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else closure()
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.param_groups, part.state = [group], self.state
+            part.step()
+        return loss
+
+
+def muon(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+    """Muon and AdamW. Raises UserError where torch has no Muon, or the model no matrix for it."""
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError(f"--optimizer muon needs torch 2.9 or newer, and this is {torch.__version__}; use adamw")
+    matrices = hidden_matrices(model)
+    if not matrices:
+        raise UserError("--optimizer muon: this model has no linear layers in repeated blocks; use adamw")
+    is_matrix = {id(weight) for weight in matrices}
+    return MuonAdamW(matrices, [each for each in trainable(model) if id(each) not in is_matrix], settings)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": adamw,
+    "adamw_8bit": adamw_8bit,
+    "muon": muon,
+}
+
+
 def make_optimizer(
     model: nn.Module,
     learning_rate: float,
     betas: tuple[float, float],
     weight_decay: float,
     epsilon: float,
-    use_8bit_adam: bool,
+    name: str = "adamw",
 ) -> torch.optim.Optimizer:
-    """AdamW over all trainable parameters: torch's fused one, or the 8-bit one of bitsandbytes."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    settings: dict[str, Any] = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "eps": epsilon}
-    if not use_8bit_adam:
-        return torch.optim.AdamW(parameters, fused=True, **settings)
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise UserError("--use_8bit_adam needs the package bitsandbytes: pip install bitsandbytes") from error
-    return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+    """One of `OPTIMIZERS` over all trainable parameters; `betas` and `epsilon` are AdamW's."""
+    return OPTIMIZERS[name](model, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon)
 
 
 def enable_xformers(model: nn.Module, device: torch.device) -> None:

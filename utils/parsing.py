@@ -127,9 +127,10 @@ def checked_value(path: str, key: str, value: Any, action: argparse.Action) -> A
         if not isinstance(value, bool):
             raise refuse("true or false")
         return value
-    if action.nargs in ("+", "*") or isinstance(action, argparse._AppendAction):
-        if not isinstance(value, list):
-            raise refuse("a list")
+    count = action.nargs if isinstance(action.nargs, int) else None
+    if count or action.nargs in ("+", "*") or isinstance(action, argparse._AppendAction):
+        if not isinstance(value, list) or (count and len(value) != count):
+            raise refuse(f"a list of {count}" if count else "a list")
         return [converted(item, action, refuse) for item in value]
     return converted(value, action, refuse)
 
@@ -173,7 +174,10 @@ def run_script(main: Callable[[Namespace], None], parse_args: Callable[[], Names
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         main(parse_args())
+        return
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        message = str(error)
+    # Only now are the frames of `main` gone, and with them its progress bar: the error is the last line.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)

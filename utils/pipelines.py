@@ -7,6 +7,8 @@ diffusers only.
 """
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -15,7 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .conditions import encode_text
-from .guidance import guided_prediction
+from .guidance import check_guidance, guidance_scales, guided_prediction
 
 
 class LatentDiffusionPipeline(DiffusionPipeline):
@@ -71,7 +73,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         drop mask to hide. Raises ValueError where the run was trained on another condition.
         """
         kind = type(self.conditions).__name__
-        if prompt is not None and kind != "TextCondition":
+        if kind != "TextCondition" and (prompt is not None or negative_prompt is not None):
             raise ValueError(f"this run has no text condition ({kind}): it takes no prompt")
         if class_labels is not None and kind != "ClassCondition":
             raise ValueError(f"this run has no class condition ({kind}): it takes no class_labels")
@@ -117,6 +119,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         class_labels: int | list[int] | Tensor | None = None,
         negative_prompt: str | list[str] | None = None,
         guidance_scale: float = 4.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: float = 0.0,
+        guide_model: Callable[..., Tensor] | None = None,
         num_inference_steps: int = 50,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -127,12 +132,21 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """Images for `prompt` or `class_labels`, `num_images_per_prompt` of each (or that many in all,
         unconditionally).
 
-        `guidance_scale` 1 is off. `output_type`: "pil", "np", "pt" (B, 3, H, W) in [0, 1], or "latent". With a list of
-        generators, one an image, an image does not depend on the batch it was made in.
+        `guidance_scale` 1 is off. Guidance is on at timesteps whose share of the training timesteps (0 = clean, 1 =
+        noise) lies in `guidance_interval`. `guidance_rescale` moves the guided prediction's std towards the
+        conditional one's, 1 all the way. `guide_model` is what guidance leads away from in place of the unconditional
+        branch: `predict` of a pipeline around a weaker model of the same latents, conditions and noise schedule.
+
+        `output_type`: "pil", "np", "pt" (B, 3, H, W) in [0, 1], or "latent". With a list of generators, one an image,
+        an image does not depend on the batch it was made in. Raises ValueError for guidance that would do nothing.
         """
         values, count = self.encode_condition(prompt, class_labels, negative_prompt, num_images_per_prompt)
-        if not values:
+        if not values and guide_model is None:
             guidance_scale = 1.0  # unconditional: there is nothing to guide towards
+        with_negative_prompt = negative_prompt is not None
+        check_guidance(
+            guidance_scale, guidance_interval, guidance_rescale, guide_model is not None, with_negative_prompt
+        )
         config, device = self.denoiser.config, self._execution_device
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
@@ -141,21 +155,29 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=self.denoiser.dtype)
         latents = latents.to(device) * getattr(self.scheduler, "init_noise_sigma", 1.0)
         drop = torch.arange(2 * count, device=device) >= count  # the second half is the unconditional branch
-        if negative_prompt is not None:
+        if with_negative_prompt:
             drop = torch.zeros_like(drop)
+        given = {k: v[:count] for k, v in values.items()}  # the conditional branch, all that a guide sees
+        predict_weaker = None if guide_model is None else partial(guide_model, values=given, drop=drop[:count])
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
-        for timestep in self.progress_bar(self.scheduler.timesteps):
+        timesteps = self.scheduler.timesteps  # (S,)
+        scales = guidance_scales(
+            timesteps, self.scheduler.config.num_train_timesteps, guidance_scale, guidance_interval
+        )
+        for timestep, scale in zip(self.progress_bar(timesteps), scales, strict=True):
             model_input = latents
             if hasattr(self.scheduler, "scale_model_input"):
                 model_input = self.scheduler.scale_model_input(latents, timestep)
             model_pred = guided_prediction(
-                lambda noisy, timesteps: self.predict(noisy, timesteps, values, drop),
+                partial(self.predict, values=values, drop=drop),
                 model_input,
                 timestep,
-                guidance_scale,
+                scale,
+                guidance_rescale,
+                predict_weaker,
             )
             latents = self.scheduler.step(model_pred, timestep, latents, return_dict=False, **extra)[0]
         if output_type == "latent":

@@ -191,15 +191,10 @@ def write_latents(
     if done:
         logger.info("going on with %s: %d images are done", cache_dir, done)
     num_skipped = 0
-    bar = {
-        "total": source.num_rows and -(-source.num_rows // world),  # each process writes about an equal share
-        "initial": done // world,
-        "desc": "latents" if world == 1 else f"latents, process 1 of {world}",
-    }
-    with (
-        ThreadPoolExecutor(args.decode_workers) as pool,
-        tqdm(**bar, unit=" images", disable=rank > 0) as progress,
-    ):
+    share = source.num_rows and -(-source.num_rows // world)  # each process writes about as many
+    name = "latents" if world == 1 else f"latents, process 1 of {world}"
+    bar = tqdm(total=share, initial=done // world, unit=" images", desc=name, disable=rank > 0)
+    with ThreadPoolExecutor(args.decode_workers) as pool, bar as progress:
         for index, rows in source.chunks(lambda i: i % world == rank and not shards.is_done(i)):
             shard = Shard(encoder, shape, columns)
             shards.write(index, *read_shard(rows, index * args.rows_per_shard, reader, shard, pool, progress))

@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from PIL import Image
 
 from utils.errors import UserError
+from utils.export import load_run
 from utils.files import write_text
+from utils.guidance import check_guidance, guidance_scales
+from utils.models.denoiser import ConditionalDenoiser
 from utils.pipelines import LatentDiffusionPipeline
-from utils.sampling import save_png
+from utils.sampling import is_flow, save_png
 
 
 def newest_run(folder: Path) -> Path:
@@ -86,6 +90,101 @@ def validation_prompts(run_dir: Path) -> list[str]:
     if not prompts:
         raise UserError(f"--prompt: the run {run_dir} is text-to-image; give --prompt or --prompts_file")
     return prompts
+
+
+def load_guide(path: str, pipeline: LatentDiffusionPipeline) -> ConditionalDenoiser:
+    """The weaker run or checkpoint that guides `pipeline` (autoguidance), on the CPU, where `pipeline` still must be.
+    Raises UserError for one that was trained on something else, and for the run itself.
+    """
+    guide = load_run(path, flag="--guide_model")
+    found = difference(pipeline, guide)
+    if found:
+        raise UserError(f"--guide_model: {path} has {found}; give a weaker run on the same latents and conditions")
+    if same_weights(pipeline.denoiser, guide.denoiser) and same_weights(pipeline.conditions, guide.conditions):
+        raise UserError(f"--guide_model: {path} has the weights of --model, and nothing leads away from itself")
+    return ConditionalDenoiser(guide.denoiser, guide.conditions).eval()
+
+
+def difference(pipeline: LatentDiffusionPipeline, guide: LatentDiffusionPipeline) -> str | None:
+    """What keeps the predictions of two runs from being compared; None if nothing does. Size and architecture may
+    differ.
+    """
+    ours, its = (
+        {
+            "another condition": type(each.conditions).__name__,
+            "another number of classes": each.conditions.config.get("num_classes"),
+            "another shape of text (tokens, width)": (
+                each.conditions.config.get("sequence_length"),
+                each.conditions.config.get("hidden_size"),
+            ),
+            "another shape of latents (channels, size)": (
+                each.denoiser.config.in_channels,
+                each.denoiser.config.sample_size,
+            ),
+            "another prediction type": "flow" if is_flow(each.scheduler) else each.scheduler.config.prediction_type,
+            "another normalisation of latents (mean, std)": (each.config.latents_mean, each.config.latents_std),
+        }
+        for each in (pipeline, guide)
+    )
+    for what, value in ours.items():
+        if its[what] != value:
+            return f"{what}: {its[what]}, not {value}"
+    label_names = [each.conditions.config.get("label_names") for each in (pipeline, guide)]
+    same = {
+        "other names of classes": label_names[0] == label_names[1],
+        # A normalisation may have been folded into the VAE: that it differs shows here only.
+        "another VAE, or another normalisation of its latents": same_weights(pipeline.vae, guide.vae),
+        "another text encoder": same_weights(pipeline.text_encoder, guide.text_encoder),
+        "another noise schedule": is_flow(pipeline.scheduler)
+        or torch.allclose(pipeline.scheduler.alphas_cumprod, guide.scheduler.alphas_cumprod),
+    }
+    return next((what for what, holds in same.items() if not holds), None)
+
+
+def same_weights(ours: torch.nn.Module | None, its: torch.nn.Module | None) -> bool:
+    """Whether two models are the same, to rounding; None is the same as None."""
+    if ours is None or its is None:
+        return ours is its
+    first, second = ours.state_dict(), its.state_dict()
+    return first.keys() == second.keys() and all(
+        tensor.shape == second[name].shape and torch.allclose(tensor, second[name], rtol=1e-4, atol=1e-6)
+        for name, tensor in first.items()
+    )
+
+
+def guidance_settings(
+    pipeline: LatentDiffusionPipeline,
+    guidance_scale: float | None,
+    guidance_interval: list[float],
+    guidance_rescale: float,
+    num_inference_steps: int,
+    with_guide: bool,
+    with_negative_prompt: bool,
+) -> dict[str, Any]:
+    """Arguments of `pipeline`, with the default scale: 7.5; 2 with a guide; 1 = off for an unconditional run without
+    one. Raises UserError for guidance that contradicts itself or would do nothing.
+    """
+    can_guide = with_guide or type(pipeline.conditions).__name__ != "NoCondition"
+    if guidance_scale is None:
+        guidance_scale = (2.0 if with_guide else 7.5) if can_guide else 1.0
+    elif guidance_scale != 1 and not can_guide:
+        raise UserError(
+            f"--guidance_scale {guidance_scale:g}: the run is unconditional, there is nothing to guide towards; "
+            "leave it out or give --guide_model"
+        )
+    pipeline.scheduler.set_timesteps(num_inference_steps)
+    timesteps, total = pipeline.scheduler.timesteps, pipeline.scheduler.config.num_train_timesteps
+    try:
+        check_guidance(guidance_scale, guidance_interval, guidance_rescale, with_guide, with_negative_prompt)
+        guidance_scales(timesteps, total, guidance_scale, guidance_interval)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+    return {
+        "guidance_scale": guidance_scale,
+        "guidance_interval": guidance_interval,
+        "guidance_rescale": guidance_rescale,
+        "num_inference_steps": num_inference_steps,
+    }
 
 
 def merge(batch: Any) -> dict[str, Any]:

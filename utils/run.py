@@ -1,6 +1,11 @@
 """Setting a training run up and keeping its books: accelerator, folder, batches, logged values."""
 
 import logging
+import math
+import os
+import resource
+import signal
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -24,6 +29,8 @@ from utils.draws import PositionBatches, identity
 from utils.ema import EMA
 from utils.errors import UserError
 from utils.files import write_text
+from utils.run_control import SIGNALS, RunControl
+from utils.sharding import join_fsdp, whole_copy
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +41,10 @@ def make_accelerator(args: Namespace, output_dir: Path | None = None) -> Acceler
         installed = [str(tracker) for tracker in get_available_trackers()]
         if args.report_to not in installed:  # Accelerate would leave a tracker without its package out, silently
             raise UserError(f"--report_to {args.report_to}: the trackers installed here are {', '.join(installed)}")
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     accelerator = Accelerator(
+        # Without a GPU, Accelerate would train as many models as there are processes, each alone.
+        cpu=True if world_size > 1 and not torch.accelerator.is_available() else None,
         mixed_precision=args.mixed_precision,
         log_with=None if output_dir is None or args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=str(output_dir or "."), logging_dir=str(output_dir or ".")),
@@ -44,6 +54,11 @@ def make_accelerator(args: Namespace, output_dir: Path | None = None) -> Acceler
         ),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=30))],
     )
+    join_fsdp(accelerator)
+    if accelerator.is_fsdp2:
+        check_sharded(args)
+    if accelerator.num_processes != world_size:
+        raise UserError(f"{world_size} processes were launched, but Accelerate joined {accelerator.num_processes}")
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for chatty in ("httpx", "accelerate"):
@@ -56,6 +71,14 @@ def make_accelerator(args: Namespace, output_dir: Path | None = None) -> Acceler
         torch.backends.cudnn.allow_tf32 = True
     set_seed(args.seed)  # new weights are the same on every process; all else is drawn by position in the stream
     return accelerator
+
+
+def check_sharded(args: Namespace) -> None:
+    """Raises UserError for what cannot be trained with its weights divided among processes."""
+    if getattr(args, "optimizer", "adamw") != "adamw":
+        raise UserError(f"--optimizer {args.optimizer} under FSDP: it needs whole weights; use adamw, or DDP")
+    if not hasattr(args, "model"):
+        raise UserError("accelerate's configuration: only denoisers can be divided (FSDP); use MULTI_GPU here")
 
 
 def check_output_dir(output_dir: Path, resume_from_checkpoint: str | None, accelerator: Accelerator) -> None:
@@ -102,7 +125,8 @@ IDENTITY_FLAGS = (
     "flow_shift",
     "latent_normalisation",
     "use_ema",
-    "use_8bit_adam",
+    "ema_sigma_rels",
+    "optimizer",
     "seed",
 )
 
@@ -120,15 +144,19 @@ def announce(args: Namespace, accelerator: Accelerator, model: nn.Module, num_ro
         accelerator.init_trackers("logs")
     per_step = samples_per_step(args, accelerator)
     logger.info("%.1fM parameters, %d samples in the data", millions_of_parameters(model), num_rows)
+    hours = f", at most {args.max_train_hours:g} h" if args.max_train_hours else ""
+    if args.max_train_steps is None:
+        steps = f"from step {first_step}{hours}"
+    else:
+        epochs = args.max_train_steps * per_step / num_rows
+        steps = f"steps {first_step} to {args.max_train_steps}{hours} ({epochs:.1f} epochs)"
     logger.info(
-        "steps %d to %d of %d samples (%d process(es) x %d x %d accumulated): %.1f epochs, on %s, precision %s",
-        first_step,
-        args.max_train_steps,
+        "%s, of %d samples (%d process(es) x %d x %d accumulated), on %s, precision %s",
+        steps,
         per_step,
         accelerator.num_processes,
         args.train_batch_size,
         args.gradient_accumulation_steps,
-        args.max_train_steps * per_step / num_rows,
         accelerator.device,
         accelerator.mixed_precision,
     )
@@ -151,8 +179,28 @@ def make_loader(stream: Dataset, args: Namespace, accelerator: Accelerator, firs
         batch_sampler=sampler,
         collate_fn=identity,
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=ignore_signals,
         pin_memory=accelerator.device.type == "cuda",
     )
+
+
+def make_control(args: Namespace, accelerator: Accelerator, output_dir: Path, first_step: int) -> RunControl:
+    """What ends a run and what keeps its weights finite; takes SIGTERM and SIGINT from here on."""
+    return RunControl(
+        accelerator,
+        output_dir,
+        args.max_train_steps,
+        args.max_train_hours,
+        args.max_nonfinite_steps,
+        first_step,
+        is_resumed=bool(args.resume_from_checkpoint),
+    )
+
+
+def ignore_signals(worker: int) -> None:
+    """In a loader's worker: Ctrl-C and Slurm signal all processes, and the step to finish may need more batches."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -161,13 +209,19 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
 
 
 @contextmanager
-def averaged_weights(model: nn.Module, ema: EMA | None) -> Iterator[None]:
-    """Inside, the model has its EMA weights and is in evaluation mode; afterwards it is exactly as before."""
+def averaged_weights(accelerator: Accelerator, model: Any, ema: EMA | None) -> Iterator[Any]:
+    """Gives the model with its EMA weights and in evaluation mode; afterwards the model that trains is exactly as
+    before. Of a model that is divided among processes the main one gets a whole copy, the others None.
+    """
+    if accelerator.is_fsdp2:
+        copy = whole_copy(accelerator, model, {} if ema is None else ema.shadow)
+        yield None if copy is None else copy.eval()
+        return
     if ema is not None:
         ema.swap(model)
     model.eval()
     try:
-        yield
+        yield model
     finally:
         model.train()
         if ema is not None:
@@ -175,32 +229,62 @@ def averaged_weights(model: nn.Module, ema: EMA | None) -> Iterator[None]:
 
 
 class StepLog:
-    """Losses accumulate on the device and are read only when logged, so that no step waits for the GPU."""
+    """Losses accumulate on the device and are read only when logged. Steps that were skipped are in no mean."""
 
-    def __init__(self, accelerator: Accelerator, samples_per_step: int):
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, control: RunControl, samples_per_step: int):
+        self.accelerator, self.control = accelerator, control
         self.samples_per_step = samples_per_step
+        self.step_loss = torch.zeros((), device=accelerator.device)  # sum over the micro-steps of this step
         self.total = torch.zeros((), device=accelerator.device)
         self.micro_steps = self.steps = 0
         self.started = time.perf_counter()
 
     def add(self, loss: Tensor) -> None:
         """Counts the loss of a micro-step."""
-        self.total += loss.detach().float()
-        self.micro_steps += 1
+        self.step_loss += loss.detach().float()
 
-    def step_done(self) -> None:
-        """Counts an optimizer step."""
+    def step_done(self, moved: bool, micro_steps: int) -> None:
+        """Counts an optimizer step, and its losses if it moved the weights."""
+        if moved:
+            self.total += self.step_loss
+            self.micro_steps += micro_steps
+        self.step_loss.zero_()
         self.steps += 1
 
     def flush(self, learning_rate: float, global_step: int) -> dict[str, str]:
         """Writes the means since the last call, over all processes, to the trackers, and returns them for the progress
         bar. Every process calls this."""
-        loss = self.accelerator.reduce(self.total / self.micro_steps, reduction="mean").item()
-        speed = self.steps * self.samples_per_step / (time.perf_counter() - self.started)
-        values = {"train/loss": loss, "train/learning_rate": learning_rate, "train/samples_per_second": speed}
+        mean_loss = self.total / self.micro_steps if self.micro_steps else torch.full_like(self.total, math.nan)
+        loss = self.accelerator.reduce(mean_loss, reduction="mean").item()
+        seconds_per_step = (time.perf_counter() - self.started) / self.steps
+        hours_left = self.control.seconds_left(seconds_per_step) / 3600
+        values = {
+            "train/loss": loss,
+            "train/grad_norm": self.control.grad_norm,
+            "train/learning_rate": learning_rate,
+            "train/skipped_steps": self.control.nonfinite_steps,
+            "train/samples_per_second": self.samples_per_step / seconds_per_step,
+            "train/memory_gb": peak_memory(self.accelerator.device) / 1e9,
+            "train/hours_left": hours_left,
+        }
         self.accelerator.log(values, step=global_step)
+        self.control.save_elapsed()
         self.total.zero_()
         self.micro_steps = self.steps = 0
         self.started = time.perf_counter()
-        return {"loss": f"{loss:.4f}", "lr": f"{learning_rate:.2e}", "samples/s": f"{speed:.1f}"}
+        shown = {
+            "loss": f"{loss:.4f}",
+            "lr": f"{learning_rate:.2e}",
+            "samples/s": f"{values['train/samples_per_second']:.1f}",
+            "GB": f"{values['train/memory_gb']:.1f}",
+            "left": f"{hours_left:.2f}h",
+        }
+        return shown | ({"skipped": str(self.control.nonfinite_steps)} if self.control.nonfinite_steps else {})
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held: of tensors on a CUDA device, elsewhere of resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # which counts in kilobytes, but on macOS in bytes

@@ -29,6 +29,8 @@ SAMPLERS: dict[str, type[SchedulerMixin]] = {
     "flow_heun": FlowMatchHeunDiscreteScheduler,
 }
 FLOW_SAMPLERS = ("flow_euler", "flow_heun")
+# 1% of the noise, as 30 steps of DDIM leave: it moves the mean by 0.03 standard deviations (tests/test_gaussian.py).
+MAX_TIMESTEPS_LEFT = 10
 
 
 def is_flow(scheduler: SchedulerMixin) -> bool:
@@ -36,15 +38,41 @@ def is_flow(scheduler: SchedulerMixin) -> bool:
     return isinstance(scheduler, FlowMatchEulerDiscreteScheduler | FlowMatchHeunDiscreteScheduler)
 
 
-def sampling_scheduler(trained_with: SchedulerMixin, name: str | None = None) -> SchedulerMixin:
+def sampling_scheduler(
+    trained_with: SchedulerMixin, name: str | None = None, num_inference_steps: int | None = None
+) -> SchedulerMixin:
     """The sampler `name` with the noise schedule that the model was trained with; by default DDIM, or Euler for
-    flow.
+    flow. Raises UserError for a sampler of the other family, and for a number of steps that it cannot take.
     """
     name = name or ("flow_euler" if is_flow(trained_with) else "ddim")
     if is_flow(trained_with) != (name in FLOW_SAMPLERS):
         fitting = [each for each in SAMPLERS if (each in FLOW_SAMPLERS) == is_flow(trained_with)]
         raise UserError(f"--scheduler {name}: this run was trained for {', '.join(fitting)}; use one of these")
-    return SAMPLERS[name].from_config(trained_with.config)
+    scheduler = SAMPLERS[name].from_config(trained_with.config)
+    fault = num_inference_steps and fault_of_steps(scheduler, num_inference_steps)
+    if fault:
+        last = min(num_inference_steps, scheduler.config.num_train_timesteps)
+        fewer = next(steps for steps in range(last, 0, -1) if not fault_of_steps(scheduler, steps))
+        raise UserError(f"--num_inference_steps {num_inference_steps} with --scheduler {name}: {fault}; use {fewer}")
+    return scheduler
+
+
+def fault_of_steps(scheduler: SchedulerMixin, num_inference_steps: int) -> str | None:
+    """Why a sampler would not end at clean latents in so many steps; None where it does."""
+    total = scheduler.config.num_train_timesteps
+    if is_flow(scheduler):
+        return None
+    if num_inference_steps > total:
+        return f"the model knows {total} timesteps only"
+    scheduler.set_timesteps(num_inference_steps)
+    # diffusers lays trailing timesteps by a float stride: 61 steps become 62, the last one at t = -1, all noise again.
+    if len(scheduler.timesteps) != num_inference_steps:
+        return f"diffusers' rounding adds a step at t = {int(scheduler.timesteps[-1])}, which spoils the image"
+    # diffusers' DDIM goes total // steps timesteps at a time, whatever its next timestep is.
+    if isinstance(scheduler, DDIMScheduler) and total % num_inference_steps > MAX_TIMESTEPS_LEFT:
+        left = total % num_inference_steps
+        return f"diffusers' DDIM would leave the noise of {left} of {total} timesteps in the image"
+    return None
 
 
 def usable_device(name: str | None) -> torch.device:

@@ -7,14 +7,16 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from utils.errors import UserError
 from utils.export import FrozenParts, make_pipeline
 from utils.models.denoiser import ConditionalDenoiser
-from utils.sampling import image_generators, labelled_grid
+from utils.sampling import fault_of_steps, image_generators, labelled_grid, sampling_scheduler
 
 
 class Grids:
     """Samples `num_images` for each prompt or label (or unconditionally), always from the same noise, so that
-    grids of a run compare. Does not touch the random state of training.
+    grids of a run compare. Does not touch the random state of training. Raises UserError for a number of steps that
+    the sampler cannot take.
     """
 
     def __init__(
@@ -26,6 +28,9 @@ class Grids:
         guidance_scale: float,
         num_inference_steps: int,
     ):
+        fault = fault_of_steps(sampling_scheduler(frozen.scheduler), num_inference_steps)
+        if fault:
+            raise UserError(f"--validation_inference_steps {num_inference_steps}: {fault}; use 20, 25 or 50")
         self.accelerator, self.frozen, self.folder = accelerator, frozen, folder
         self.settings: dict[str, Any] = {
             "guidance_scale": guidance_scale,

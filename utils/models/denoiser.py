@@ -4,6 +4,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from utils.conditions import Conditioning
+from utils.draws import SampleDraws
+
+
+def num_tokens(dit: ModelMixin) -> int:
+    """Tokens of a sample in a DiT."""
+    return (dit.config.sample_size // dit.config.patch_size) ** 2
 
 
 class ConditionalDenoiser(nn.Module):
@@ -18,11 +24,28 @@ class ConditionalDenoiser(nn.Module):
         self.model = model
         self.conditions = conditions
 
-    def forward(self, noisy_latents: Tensor, timesteps: Tensor, values: dict[str, Tensor], drop: Tensor) -> Tensor:
+    def draw_kept_tokens(self, draws: SampleDraws, tread_ratio: float) -> Tensor | None:
+        """The tokens (B, K) of each sample that a DiT routes past no block in this step: all but a share of
+        `tread_ratio`. None if that is 0.
+        """
+        if not tread_ratio:
+            return None
+        total = num_tokens(self.model)
+        return draws.subset("kept_tokens", total, total - int(total * tread_ratio))
+
+    def forward(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        values: dict[str, Tensor],
+        drop: Tensor,
+        kept_tokens: Tensor | None = None,
+    ) -> Tensor:
         """(B, ...) -> model prediction (B, ...). `values` are the batch's conditions, `drop` (B,) True =
-        unconditional.
+        unconditional, `kept_tokens` those of `draw_kept_tokens`.
         """
         conditioning: Conditioning = self.conditions(values, drop)
+        routing = {} if kept_tokens is None else {"kept_tokens": kept_tokens}  # a U-Net has no such argument
         return self.model(
             noisy_latents,
             timesteps,
@@ -30,4 +53,5 @@ class ConditionalDenoiser(nn.Module):
             class_labels=conditioning.pooled_projections,
             encoder_attention_mask=conditioning.encoder_attention_mask,
             return_dict=False,
+            **routing,
         )[0]

@@ -1,8 +1,11 @@
 """A diffusion transformer (Peebles & Xie 2022, arXiv 2212.09748) with the parts that later work agreed on: RMSNorm,
-QK-norm, SwiGLU, rotary positions, and cross-attention for token conditions.
+QK-norm, SwiGLU, rotary positions, and cross-attention for token conditions; or plain, as the paper's code has it.
 
 This file is copied into exported runs: it imports torch and diffusers only.
 """
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,8 @@ DIT_SIZES = {
     "L": (24, 1024, 16),
     "XL": (28, 1152, 16),
 }
+# Blocks before and after the route that tokens can take past the others: see `DiT.route_tokens`.
+BEFORE_ROUTE, AFTER_ROUTE = 2, 2
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -29,18 +34,25 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def grid_angles(height: int, width: int, count: int, max_period: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """y and x of each place of a grid, row by row, times `count` falling frequencies: two (height * width, count)."""
+    frequencies = max_period ** (-torch.arange(count, device=device, dtype=torch.float32) / count)
+    y = torch.arange(height, device=device, dtype=torch.float32).repeat_interleave(width)
+    x = torch.arange(width, device=device, dtype=torch.float32).repeat(height)
+    return y[:, None] * frequencies, x[:, None] * frequencies
+
+
 def rotary_table(height: int, width: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (height * width, head_dim) of axial rotary positions: half of each head turns with y, half
-    with x.
-    """
-    frequencies = 100.0 ** (-torch.arange(head_dim // 4, device=device, dtype=torch.float32) / (head_dim // 4))
-    y = torch.arange(height, device=device, dtype=torch.float32)[:, None] * frequencies  # (H, head_dim / 4)
-    x = torch.arange(width, device=device, dtype=torch.float32)[:, None] * frequencies
-    angles = torch.cat(
-        [y[:, None].expand(-1, width, -1), x[None].expand(height, -1, -1)], dim=-1
-    )  # (H, W, head_dim / 2)
-    angles = torch.cat([angles, angles], dim=-1).flatten(0, 1)  # (N, head_dim)
+    """Cosines and sines (height * width, head_dim) of axial positions: half of a head turns with y, half with x."""
+    y, x = grid_angles(height, width, head_dim // 4, 100.0, device)
+    angles = torch.cat([y, x, y, x], dim=-1)  # (N, head_dim)
     return angles.cos(), angles.sin()
+
+
+def position_table(height: int, width: int, dim: int, device: torch.device) -> Tensor:
+    """Sines and cosines (height * width, dim) of fixed positions, x before y as in the paper's code."""
+    y, x = grid_angles(height, width, dim // 4, 10_000.0, device)
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=-1)
 
 
 def rotate(values: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -55,17 +67,17 @@ def modulate(values: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Self-attention of (B, N, D), or cross-attention to `context` (B, S, context_dim). Queries and keys are
-    normalised (arXiv 2302.05442), which keeps bf16 training of deep transformers stable.
+    """Self-attention of (B, N, D), or cross-attention to `context` (B, S, context_dim). Normalised queries and keys
+    (arXiv 2302.05442) keep bf16 training of deep transformers stable.
     """
 
-    def __init__(self, dim: int, num_heads: int, context_dim: int | None = None):
+    def __init__(self, dim: int, num_heads: int, context_dim: int | None = None, qk_norm: bool = True):
         super().__init__()
         self.num_heads = num_heads
         self.to_q = nn.Linear(dim, dim)
         self.to_kv = nn.Linear(context_dim or dim, 2 * dim)
-        self.norm_q = nn.RMSNorm(dim // num_heads, eps=1e-6)
-        self.norm_k = nn.RMSNorm(dim // num_heads, eps=1e-6)
+        self.norm_q = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.norm_k = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.to_out = nn.Linear(dim, dim)
         self.use_xformers = False
 
@@ -73,17 +85,11 @@ class Attention(nn.Module):
         """The hook through which diffusers' `enable_xformers_memory_efficient_attention` reaches a module."""
         self.use_xformers = valid
 
-    def forward(
-        self, values: Tensor, context: Tensor | None = None, rotary=None, mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, values: Tensor, context: Tensor | None = None, rotary=None, mask=None) -> Tensor:
         batch, length, dim = values.shape
         q = self.to_q(values).view(batch, length, self.num_heads, -1).transpose(1, 2)  # (B, heads, N, head_dim)
-        k, v = (
-            self.to_kv(values if context is None else context)
-            .view(batch, -1, 2, self.num_heads, q.shape[-1])
-            .unbind(2)
-        )
-        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, S, head_dim)
+        kv = self.to_kv(values if context is None else context).view(batch, -1, 2, self.num_heads, q.shape[-1])
+        k, v = kv.transpose(1, 3).unbind(2)  # (B, heads, S, head_dim)
         q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
@@ -105,9 +111,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward (arXiv 2002.05202); its inner size is 2/3 of a plain one's, for the same number of
-    parameters.
-    """
+    """Gated feed-forward (arXiv 2002.05202), 2/3 as wide as a plain one, for the same number of parameters."""
 
     def __init__(self, dim: int, mlp_ratio: float):
         super().__init__()
@@ -120,24 +124,43 @@ class SwiGLU(nn.Module):
         return self.proj_out(F.silu(gate) * values)
 
 
+def gelu_mlp(dim: int, mlp_ratio: float) -> nn.Sequential:
+    """The paper's feed-forward."""
+    inner_dim = int(dim * mlp_ratio)
+    return nn.Sequential(nn.Linear(dim, inner_dim), nn.GELU(approximate="tanh"), nn.Linear(inner_dim, dim))
+
+
+class Style(NamedTuple):
+    """The parts in which blocks differ."""
+
+    norm: Callable[..., nn.Module]
+    mlp: Callable[[int, float], nn.Module]
+    qk_norm: bool
+    rotary: bool  # otherwise fixed positions are added to the tokens
+
+
+STYLES = {
+    "modern": Style(nn.RMSNorm, SwiGLU, qk_norm=True, rotary=True),
+    "plain": Style(nn.LayerNorm, gelu_mlp, qk_norm=False, rotary=False),  # the paper's
+}
+
+
 class DiTBlock(nn.Module):
     """adaLN-zero: six shifts, scales and gates from the conditioning vector; the gates start at zero, so that a new
     block is the identity (section 3.2). Cross-attention is not modulated, and its output starts at zero instead.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, context_dim: int | None):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, context_dim: int | None, style: Style):
         super().__init__()
-        self.norm1 = nn.RMSNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.attention = Attention(dim, num_heads)
-        self.cross_norm = nn.RMSNorm(dim, eps=1e-6) if context_dim else None
-        self.cross_attention = Attention(dim, num_heads, context_dim) if context_dim else None
-        self.norm2 = nn.RMSNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.mlp = SwiGLU(dim, mlp_ratio)
+        self.norm1 = style.norm(dim, eps=1e-6, elementwise_affine=False)
+        self.attention = Attention(dim, num_heads, None, style.qk_norm)
+        self.cross_norm = style.norm(dim, eps=1e-6) if context_dim else None
+        self.cross_attention = Attention(dim, num_heads, context_dim, style.qk_norm) if context_dim else None
+        self.norm2 = style.norm(dim, eps=1e-6, elementwise_affine=False)
+        self.mlp = style.mlp(dim, mlp_ratio)
         self.adaln = nn.Linear(dim, 6 * dim)
 
-    def forward(
-        self, values: Tensor, emb: Tensor, rotary, context: Tensor | None, context_mask: Tensor | None
-    ) -> Tensor:
+    def forward(self, values: Tensor, emb: Tensor, rotary, context: Tensor | None, context_mask) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(emb).chunk(6, dim=1)  # each (B, D)
         values = values + gate1[:, None] * self.attention(modulate(self.norm1(values), shift1, scale1), rotary=rotary)
         if self.cross_attention is not None and self.cross_norm is not None:
@@ -150,7 +173,8 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     `forward` names its arguments as `UNet2DConditionModel.forward` does, so that `ConditionalDenoiser` and the
     pipelines call either: `class_labels` are pooled projections (B, `projection_class_embeddings_input_dim`),
-    `encoder_hidden_states` (B, S, `cross_attention_dim`), `encoder_attention_mask` (B, S), True = attend.
+    `encoder_hidden_states` (B, S, `cross_attention_dim`), `encoder_attention_mask` (B, S), True = attend. With
+    `class_embed_type` "identity" pooled projections are (B, `hidden_size`) and are added as they are.
     """
 
     _supports_gradient_checkpointing = True
@@ -168,24 +192,27 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         mlp_ratio: float = 4.0,
         cross_attention_dim: int | None = None,
         projection_class_embeddings_input_dim: int | None = None,
+        class_embed_type: str | None = None,
+        style: str = "modern",
     ):
         super().__init__()
         if sample_size % patch_size:
             raise ValueError(f"latents of {sample_size} x {sample_size} do not divide into patches of {patch_size}")
         if hidden_size % (4 * num_attention_heads):
-            raise ValueError(
-                f"hidden_size {hidden_size} must be a multiple of 4 x num_attention_heads ({num_attention_heads})"
-            )
+            raise ValueError(f"hidden_size {hidden_size} is no multiple of 4 x {num_attention_heads} heads")
+        if style not in STYLES:
+            raise ValueError(f"style {style} is none of {', '.join(STYLES)}")
         patch_dim = in_channels * patch_size**2
         self.patch_embed = nn.Linear(patch_dim, hidden_size)
         self.time_embed = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
-        self.pooled_embed = None
+        self.pooled_embed: nn.Module | None = nn.Identity() if class_embed_type == "identity" else None
         if projection_class_embeddings_input_dim:
             self.pooled_embed = nn.Linear(projection_class_embeddings_input_dim, hidden_size)
         self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, num_attention_heads, mlp_ratio, cross_attention_dim) for _ in range(num_layers)
+            DiTBlock(hidden_size, num_attention_heads, mlp_ratio, cross_attention_dim, STYLES[style])
+            for _ in range(num_layers)
         )
-        self.norm_out = nn.RMSNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.norm_out = STYLES[style].norm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.adaln_out = nn.Linear(hidden_size, 2 * hidden_size)
         self.proj_out = nn.Linear(hidden_size, patch_dim)
         self.gradient_checkpointing = False
@@ -196,6 +223,9 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        if self.config.style == "plain":  # as the paper's code
+            for layer in ("0.weight", "2.weight"):
+                nn.init.normal_(self.time_embed.get_parameter(layer), std=0.02)
         for module in self.modules():
             if isinstance(module, DiTBlock):
                 nn.init.zeros_(module.adaln.weight)
@@ -214,8 +244,27 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def unpatchify(self, patches: Tensor, height: int, width: int) -> Tensor:
         """(B, N, C p p) -> (B, C, H, W)."""
         p = self.config.patch_size
-        sample = patches.reshape(len(patches), height // p, width // p, self.config.in_channels, p, p)
-        return sample.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), self.config.in_channels, height, width)
+        grid = patches.transpose(1, 2).unflatten(2, (height // p, width // p))  # (B, C p p, H / p, W / p)
+        return F.pixel_shuffle(grid, p)
+
+    def run_blocks(self, blocks: Iterable[nn.Module], values: Tensor, *inputs) -> Tensor:
+        """`values` (B, N, D) through some of the blocks."""
+        recompute = torch.is_grad_enabled() and self.gradient_checkpointing
+        for block in blocks:
+            values = checkpoint(block, values, *inputs, use_reentrant=False) if recompute else block(values, *inputs)
+        return values
+
+    def route_tokens(self, kept_tokens: Tensor, values: Tensor, emb: Tensor, rotary, *context) -> Tensor:
+        """TREAD (arXiv 2501.04765): only `kept_tokens` (B, K) of `values` (B, N, D) pass the middle blocks; the others
+        come back behind them as they were before.
+        """
+        blocks, end = list(self.blocks), max(BEFORE_ROUTE, len(self.blocks) - AFTER_ROUTE)
+        values = self.run_blocks(blocks[:BEFORE_ROUTE], values, emb, rotary, *context)
+        index = kept_tokens[..., None].expand(-1, -1, values.shape[-1])  # (B, K, D)
+        kept_rotary = rotary and tuple(table[kept_tokens][:, None] for table in rotary)  # (B, 1, K, head_dim) each
+        kept = self.run_blocks(blocks[BEFORE_ROUTE:end], values.gather(1, index), emb, kept_rotary, *context)
+        values = values.scatter(1, index, kept.to(values.dtype))
+        return self.run_blocks(blocks[end:], values, emb, rotary, *context)
 
     def forward(
         self,
@@ -225,23 +274,26 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         class_labels: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
+        kept_tokens: Tensor | None = None,
     ):
+        """`kept_tokens` (B, K), for training: the tokens that take no route past the middle blocks. None: all."""
         height, width = sample.shape[-2:]
-        p = self.config.patch_size
-        head_dim = self.config.hidden_size // self.config.num_attention_heads
-        rotary = rotary_table(height // p, width // p, head_dim, sample.device)
+        grid = height // self.config.patch_size, width // self.config.patch_size
         values = self.patch_embed(self.patchify(sample))  # (B, N, D)
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        rotary = rotary_table(*grid, head_dim, sample.device) if STYLES[self.config.style].rotary else None
+        if rotary is None:
+            values = values + position_table(*grid, self.config.hidden_size, sample.device).to(values.dtype)
         timestep = timestep.expand(len(sample))
         emb = self.time_embed(timestep_embedding(timestep, 256).to(values.dtype))  # (B, D)
         if self.pooled_embed is not None:
             emb = emb + self.pooled_embed(class_labels)
         emb = F.silu(emb)
-        for block in self.blocks:
-            inputs = (values, emb, rotary, encoder_hidden_states, encoder_attention_mask)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                values = checkpoint(block, *inputs, use_reentrant=False)
-            else:
-                values = block(*inputs)
+        inputs = (emb, rotary, encoder_hidden_states, encoder_attention_mask)
+        if kept_tokens is None:
+            values = self.run_blocks(self.blocks, values, *inputs)
+        else:
+            values = self.route_tokens(kept_tokens, values, *inputs)
         shift, scale = self.adaln_out(emb).chunk(2, dim=1)
         values = self.proj_out(modulate(self.norm_out(values), shift, scale))  # (B, N, C p p)
         output = self.unpatchify(values, height, width)

@@ -1,0 +1,633 @@
+"""Objectives and samplers against data of which everything is known: latents (2, 2, 2) from N(MEAN, COVARIANCE).
+
+The perfect denoiser of Gaussian data is affine, and so is every sampler that uses it. So nothing here is drawn at random:
+a sampler's mean and covariance follow from where it takes the origin and the unit vectors, and the expectation of a
+squared error is the mean over a few points that have the right mean and covariance.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from scipy import stats
+
+from utils.errors import UserError
+from utils.objectives import MIN_LOSS_WEIGHT, OBJECTIVES, DDPMObjective, training_scheduler
+from utils.pipelines import LatentDiffusionPipeline
+from utils.sampling import FLOW_SAMPLERS, MAX_TIMESTEPS_LEFT, SAMPLERS, sampling_scheduler
+
+SHAPE = (2, 2, 2)  # channels, height, width
+D = 8
+EYE = torch.eye(D, dtype=torch.float64)
+# Most of the mean, and much of the data, lies outside [-1, 1]; the condition number is 10 and no axis is special.
+MEAN = torch.tensor([1.5, -2.0, 0.5, 0.0, -1.0, 2.0, -0.3, 0.8], dtype=torch.float64)
+AXES = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+COVARIANCE = AXES @ torch.diag(torch.logspace(math.log10(0.4), math.log10(4), D, dtype=torch.float64)) @ AXES.T
+
+BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
+DDPM_TYPES = ("epsilon", "v_prediction", "sample")
+# Every objective: prediction type, betas, zero-terminal SNR, flow's shift.
+SETTINGS = [(kind, betas, zero, 1.0) for kind in DDPM_TYPES for betas in BETAS for zero in (False, True)]
+SETTINGS = [each for each in SETTINGS if not (each[0] == "epsilon" and each[2])]  # refused
+SETTINGS += [("flow", "scaled_linear", False, shift) for shift in (1.0, 3.0)]
+
+
+def fitting(settings):
+    return [name for name in SAMPLERS if (name in FLOW_SAMPLERS) == (settings[0] == "flow")]
+
+
+COMBINATIONS = [(settings, name) for settings in SETTINGS for name in fitting(settings)]
+
+
+def build(settings, **objective_settings):
+    """An objective and the scheduler that would be saved with its model."""
+    scheduler = training_scheduler(*settings)
+    return OBJECTIVES[settings[0]](scheduler, **objective_settings), scheduler
+
+
+def power(matrix, exponent):
+    """A power of a symmetric positive matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors @ torch.diag(values**exponent) @ vectors.T
+
+
+# What is known
+
+
+def scales(objective, timestep):
+    """Scales of latents and noise of the objective's own forward process, as float64 numbers."""
+    one, zero = torch.ones(1, 1), torch.zeros(1, 1)
+    timesteps = timestep.reshape(1)
+    return tuple(objective.add_noise(*pair, timesteps).double().item() for pair in ((one, zero), (zero, one)))
+
+
+def posterior(noisy_latents, alpha, sigma, noise_covariance=EYE, input_noise_covariance=None):
+    """E[x0 | x] and E[noise | x] for x = alpha x0 + sigma noise, (B, 8) each: regression on jointly Gaussian variables.
+
+    `input_noise_covariance` is that of the noise in x, where it is more than the noise asked for.
+    """
+    extra = noise_covariance if input_noise_covariance is None else input_noise_covariance
+    precision = torch.linalg.inv(alpha**2 * COVARIANCE + sigma**2 * extra)
+    residual = (noisy_latents - alpha * MEAN) @ precision
+    return MEAN + alpha * residual @ COVARIANCE, sigma * residual @ noise_covariance
+
+
+def distance(mean, covariance, true_mean=MEAN, true_covariance=COVARIANCE):
+    """How far two Gaussians are apart, in standard deviations of the data: of the mean, and the largest relative
+    error of the variance along any direction.
+    """
+    whiten = power(COVARIANCE, -0.5)
+    return (
+        (whiten @ (mean - true_mean)).norm().item(),
+        torch.linalg.matrix_norm(whiten @ (covariance - true_covariance) @ whiten, 2).item(),
+    )
+
+
+def exact_output(objective, stochastic):
+    """Mean and covariance of what infinitely many steps make of N(0, I).
+
+    That is not quite the data: where the last timestep has some signal, N(0, I) is not what the model was trained on
+    there. The probability flow of a Gaussian takes x_T to m + C^(1/2) S^(-1/2) (x_T - alpha m), S = alpha^2 C + sigma^2
+    I; the reverse diffusion takes it to a draw from the posterior of x0 given x_T.
+    """
+    if objective.prediction_type == "flow":
+        return MEAN, COVARIANCE
+    alpha, sigma = scales(objective, torch.tensor(999))
+    S = alpha**2 * COVARIANCE + sigma**2 * EYE
+    if stochastic:
+        gain = alpha * COVARIANCE @ torch.linalg.inv(S)
+        return MEAN - gain @ (alpha * MEAN), COVARIANCE - alpha * gain @ COVARIANCE + gain @ gain.T
+    transport = power(COVARIANCE, 0.5) @ power(S, -0.5)  # C and S commute
+    return MEAN - transport @ (alpha * MEAN), transport @ transport.T
+
+
+# Samplers, run by the pipeline
+
+
+class GaussianPipeline(LatentDiffusionPipeline):
+    """The pipeline, its own loop included, around a denoiser that has learnt all that `objective` can teach it: the
+    target's conditional mean. Predictions are off by `bias`.
+    """
+
+    def __init__(self, scheduler, objective, bias=0.0):
+        self.scheduler, self.objective, self.bias = scheduler, objective, bias
+
+    class denoiser:
+        class config:
+            sample_size, in_channels = SHAPE[1], SHAPE[0]
+
+    _execution_device = torch.device("cpu")
+
+    def encode_condition(self, prompt, class_labels, negative_prompt, num_images):
+        return {}, num_images
+
+    def progress_bar(self, iterable):
+        return iterable
+
+    def maybe_free_model_hooks(self):
+        pass
+
+    def predict(self, noisy_latents, timesteps, values, drop):
+        assert (timesteps == timesteps[0]).all()
+        alpha, sigma = scales(self.objective, timesteps[0])
+        x0, noise = posterior(noisy_latents.double().flatten(1), alpha, sigma)
+        return (self.objective.target(x0, noise, timesteps) + self.bias).view_as(noisy_latents)
+
+
+def output_of(scheduler, objective, steps, monkeypatch, bias=0.0):
+    """Mean and covariance, exactly, of the latents that the pipeline makes from N(0, I) noise.
+
+    In the batch: the origin, whose image is the mean; the unit vectors, whose images less that are the columns of the
+    sampler's matrix; and, for DDPM, for each step one row for each unit vector of the noise that this step adds.
+    """
+    draws = steps if isinstance(scheduler, DDPMScheduler) else 0
+    start = torch.zeros(1 + D + D * draws, D, dtype=torch.float64)
+    start[1 : 1 + D] = EYE
+    drawn = 0
+
+    def unit_noise(shape, **_):
+        nonlocal drawn
+        first = 1 + D + D * drawn
+        noise = torch.zeros(shape[0], D, dtype=torch.float64)
+        noise[first : first + D] = EYE
+        drawn += 1
+        return noise.view(shape)
+
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", unit_noise)
+    pipeline = GaussianPipeline(scheduler, objective, bias)
+    latents = pipeline(
+        num_inference_steps=steps,
+        num_images_per_prompt=len(start),
+        latents=start.view(-1, *SHAPE),
+        output_type="latent",
+    ).images
+    assert max(draws - 1, 0) <= drawn <= draws  # from t = 0 none is added
+    images = latents.double().flatten(1)
+    columns = images[1:] - images[0]
+    return images[0], columns.T @ columns
+
+
+# Relative error of the variance after 100 steps, in the direction that is worst. It is the discretisation's: DDPM, DDIM and
+# Euler are of first order; DPM-Solver++ and UniPC of second, but for their last step, from t = 9 to 0. Flow's last step is
+# from sigma = 0.001 (0.009 with shift 3), next to nothing, so that Heun keeps its second order.
+VARIANCE_TOLERANCE = {
+    "ddpm": 0.11,
+    "ddim": 0.06,
+    "dpmsolver++": 0.025,
+    "unipc": 0.025,
+    "flow_euler": 0.05,
+    "flow_heun": 5e-4,
+}
+MEAN_TOLERANCE = 0.005  # standard deviations; DDPM and flow's samplers have it to rounding
+# What starting from N(0, I) costs: standard deviations of the mean, relative variance. Nothing is left to tell the mean by
+# at zero SNR; SD's betas leave alpha = 0.07 or 0.04.
+START_ERROR = {"linear": (0.14, 0.005), "scaled_linear": (0.24, 0.014), "squaredcos_cap_v2": (2e-4, 1e-6)}
+
+
+def start_error(settings):
+    kind, betas, zero_snr, _ = settings
+    return (0.0, 0.0) if zero_snr or kind == "flow" else START_ERROR[betas]
+
+
+def check_output(scheduler, objective, monkeypatch, steps=100):
+    """Asserts that the pipeline returns what infinitely many steps would, but for the tolerances above; with fewer than 100
+    steps the first-order error of the variance is larger, and that of the mean may not be.
+    """
+    name = next(each for each, kind in SAMPLERS.items() if type(scheduler) is kind)
+    truth = exact_output(objective, stochastic=name == "ddpm")
+    of_mean, of_variance = distance(*output_of(scheduler, objective, steps, monkeypatch), *truth)
+    assert of_mean < MEAN_TOLERANCE
+    assert of_variance < VARIANCE_TOLERANCE[name] * 100 / steps
+
+
+@pytest.mark.parametrize(("settings", "name"), COMBINATIONS)
+def test_samplers_return_the_data(settings, name, monkeypatch):
+    """100 steps of the pipeline return the Gaussian, and what is missing is what N(0, I) at the start costs, exactly."""
+    objective, trained_with = build(settings)
+    check_output(sampling_scheduler(trained_with, name, 100), objective, monkeypatch)
+    start = distance(*exact_output(objective, name == "ddpm"))
+    assert all(error <= allowed + 1e-9 for error, allowed in zip(start, start_error(settings), strict=True))
+
+
+# The least order that is seen between two numbers of steps, of the variance. DDIM and DDPM come near their 1 only where a
+# step's noise is small against the smallest variance of the data. UniPC's errors cancel at about 50 steps.
+STEPS_AND_ORDER = {
+    "ddpm": (100, 200, 0.75),
+    "ddim": (100, 200, 0.85),
+    "dpmsolver++": (50, 100, 1.0),
+    "unipc": (10, 100, 1.0),
+    "flow_euler": (100, 200, 0.95),
+    "flow_heun": (15, 30, 1.9),
+}
+
+
+@pytest.mark.parametrize(("settings", "name"), COMBINATIONS)
+def test_more_steps_are_better(settings, name, monkeypatch):
+    """The error falls with the order of the sampler."""
+    objective, trained_with = build(settings)
+    few, many, least_order = STEPS_AND_ORDER[name]
+    truth = exact_output(objective, name == "ddpm")
+    errors = [
+        distance(*output_of(sampling_scheduler(trained_with, name), objective, steps, monkeypatch), *truth)[1]
+        for steps in (few, many)
+    ]
+    assert math.log(errors[0] / errors[1]) / math.log(many / few) > least_order
+
+
+@pytest.mark.parametrize("settings", [("v_prediction", "scaled_linear", True, 1.0), SETTINGS[-1]])
+def test_a_saved_sampler_is_as_good_as_the_training_scheduler(settings):
+    """A run is saved with its default sampler; the others, made from that one's config, are those made from the
+    training's.
+    """
+    _, trained_with = build(settings)
+    saved = sampling_scheduler(trained_with)
+    saved = type(saved).from_config(saved.config)
+    for name in fitting(settings):
+        ours, theirs = sampling_scheduler(saved, name), sampling_scheduler(trained_with, name)
+        for scheduler in (ours, theirs):
+            scheduler.set_timesteps(20)
+        assert torch.equal(ours.timesteps, theirs.timesteps)
+        table = "sigmas" if hasattr(ours, "sigmas") else "alphas_cumprod"
+        assert torch.equal(getattr(ours, table), getattr(theirs, table))
+        differences = dict(ours.config).items() ^ dict(theirs.config).items()
+        assert {key for key, _ in differences if not key.startswith("_")} == set()
+
+
+# Numbers of steps that diffusers' samplers cannot take
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [*((name, 61) for name in ("ddpm", "ddim", "dpmsolver++", "unipc")), ("ddim", 28), ("ddim", 70), ("ddim", 300)],
+)
+def test_steps_that_spoil_images_are_refused(name, steps, monkeypatch):
+    """diffusers' rounding gives 61 steps a 62nd at t = -1, and its DDIM does not end where 1000 % steps is large: refused,
+    and rightly, for the Gaussian comes out wrong; the number proposed instead is accepted.
+    """
+    objective, trained_with = build(("v_prediction", "scaled_linear", True, 1.0))
+    with pytest.raises(UserError, match=f"--num_inference_steps {steps} with --scheduler {name}") as caught:
+        sampling_scheduler(trained_with, name, steps)
+    truth = exact_output(objective, name == "ddpm")
+
+    def errors(number):
+        return distance(*output_of(sampling_scheduler(trained_with, name), objective, number, monkeypatch), *truth)
+
+    proposed = int(str(caught.value).rsplit(maxsplit=1)[1])
+    assert proposed < steps
+    sampling_scheduler(trained_with, name, proposed)
+    of_mean, of_variance = errors(steps)
+    assert of_mean > 0.05 or of_variance > 0.9
+    assert errors(proposed)[0] < 0.04
+
+
+def test_more_steps_than_timesteps_are_refused():
+    """A DDPM model knows 1000 timesteps; a flow has no such limit."""
+    with pytest.raises(UserError, match="1000 timesteps only; use 1000"):
+        sampling_scheduler(training_scheduler("epsilon"), "unipc", 1001)
+    sampling_scheduler(training_scheduler("flow"), "flow_heun", 1001)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmsolver++", "unipc"])
+def test_steps_that_are_accepted_end_at_clean_latents(name):
+    """Every accepted number gives so many different timesteps from 999 down to the first stride's end."""
+    trained_with = training_scheduler("v_prediction")
+    refused = []
+    for steps in range(1, 131):
+        try:
+            scheduler = sampling_scheduler(trained_with, name, steps)
+        except UserError:
+            refused.append(steps)
+            continue
+        scheduler.set_timesteps(steps)
+        timesteps = scheduler.timesteps
+        assert len(timesteps) == steps
+        assert (timesteps.diff() < 0).all()
+        assert timesteps[0] == 999
+        assert timesteps[-1] == round(1000 / steps) - 1
+        if name == "ddim":
+            assert 1000 % steps <= MAX_TIMESTEPS_LEFT
+    usual = {1, 2, 4, 5, 8, 10, 20, 25, 30, 40, 50, 100, 125}
+    assert usual.isdisjoint(refused)
+    if name != "ddim":
+        assert refused == [61, 103, 121, 122]
+
+
+DDPM_SETTINGS = [settings for settings in SETTINGS if settings[0] != "flow"]
+
+
+@pytest.mark.parametrize("settings", DDPM_SETTINGS)
+def test_a_small_error_of_the_model_stays_small(settings, monkeypatch):
+    """Predictions off by 0.01 move the image by less than 0.06, but for epsilon under squaredcos_cap_v2, where x0 is the
+    prediction's error divided by alpha = 5e-5: the terminal SNR is as good as zero, and DDIM's image moves by 5.
+    """
+    objective, trained_with = build(settings)
+    right, wrong = (
+        output_of(sampling_scheduler(trained_with, "ddim"), objective, 50, monkeypatch, bias)[0]
+        for bias in (0.0, 0.01)
+    )
+    moved = (wrong - right).abs().mean().item()
+    if settings[:2] == ("epsilon", "squaredcos_cap_v2"):
+        assert moved > 1
+    else:
+        assert moved < 0.06
+
+
+# The loss
+
+
+class Points:
+    """In the place of random draws: points in which data, noise, noise offset and input perturbation, all independent,
+    have together exactly their means and covariances. The mean over the points of any square of an affine function is
+    therefore its expectation.
+    """
+
+    SIZES = (("data", D), ("noise", D), ("noise_offset", SHAPE[0]), ("input_perturbation", D))
+
+    def __init__(self):
+        total = sum(size for _, size in self.SIZES)
+        points = math.sqrt(total) * torch.cat([torch.eye(total), -torch.eye(total)])  # (2 * total, total)
+        parts = points.split([size for _, size in self.SIZES], dim=1)
+        self.parts = dict(zip([name for name, _ in self.SIZES], parts, strict=True))
+        self.latents = (MEAN + self.parts["data"].double() @ power(COVARIANCE, 0.5)).float().view(-1, *SHAPE)
+
+    def normal(self, name, shape):
+        return self.parts[name].view(shape)
+
+
+def noise_covariance(offset):
+    """I + offset^2 11^T in each channel."""
+    block = torch.ones(D // SHAPE[0], D // SHAPE[0], dtype=torch.float64)
+    return EYE + offset**2 * torch.block_diag(*[block] * SHAPE[0])
+
+
+def float64_scales(settings, timestep):
+    """Scales of latents and noise in float64, from the papers: arXiv 2006.11239; 2102.09672, equation 17, for the cosine;
+    2305.08891, algorithm 1, for zero-terminal SNR; 2209.03003 for flow.
+    """
+    kind, schedule, zero_snr, _ = settings
+    if kind == "flow":
+        return 1 - timestep / 1000, timestep / 1000
+    cosine = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+    betas = {
+        "linear": np.linspace(0.00085, 0.012, 1000),
+        "scaled_linear": np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2,
+        "squaredcos_cap_v2": np.minimum(1 - cosine[1:] / cosine[:-1], 0.999),
+    }[schedule]
+    alphas = np.sqrt(np.cumprod(1 - betas))
+    if zero_snr:
+        alphas = (alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])
+    return alphas[timestep], math.sqrt(1 - alphas[timestep] ** 2)
+
+
+def coefficients(kind, alpha, sigma):
+    """The target is a x0 + b noise (arXiv 2202.00512, appendix D; 2209.03003)."""
+    return {"epsilon": (0, 1), "sample": (1, 0), "v_prediction": (-sigma, alpha), "flow": (-1, 1)}[kind]
+
+
+def weight_of(kind, alpha, sigma, snr_gamma):
+    """Min-SNR (arXiv 2303.09556), with the floor under zero-terminal SNR."""
+    if snr_gamma is None:
+        return 1.0
+    snr = alpha**2 / sigma**2
+    clipped = min(snr, snr_gamma)
+    weight = {"epsilon": clipped / snr if snr else 0, "v_prediction": clipped / (snr + 1), "sample": clipped}[kind]
+    return max(weight, MIN_LOSS_WEIGHT)
+
+
+def check_optimum(objective, settings, snr_gamma=None, offset=0.0, perturbation=0.0):
+    """At each timestep, asserts that the closed-form optimum has the expected loss that theory gives it, and that affine
+    changes A x + b of the prediction add exactly their own weighted mean square: the optimum is one, and the only one.
+    """
+    kind, points = settings[0], Points()
+    of_noise = noise_covariance(offset)
+    in_input = of_noise + perturbation**2 * EYE
+    generator = torch.Generator().manual_seed(1)
+    for timestep in (5, 100, 500, 900, 990, 999):
+        alpha, sigma = float64_scales(settings, timestep)
+        timesteps = torch.full(
+            (len(points.latents),), timestep, dtype=torch.float32 if kind == "flow" else torch.int64
+        )
+        noise = objective.sample_noise(points.latents, points)
+        noisy = objective.add_noise(points.latents, objective.perturb(noise, points), timesteps)
+        target = objective.target(points.latents, noise, timesteps)
+        x = noisy.double().flatten(1)
+        x0, eps = posterior(x, alpha, sigma, of_noise, in_input)
+        a, b = coefficients(kind, alpha, sigma)
+        optimum = a * x0 + b * eps
+
+        def loss(prediction):
+            prediction = prediction.float().view(-1, *SHAPE)
+            return objective.loss(prediction, target, timesteps).item()  # noqa: B023
+
+        weight = weight_of(kind, alpha, sigma, snr_gamma)
+        # The variance of the target that x does not tell: Schur's complement.
+        with_x = a * alpha * COVARIANCE + b * sigma * of_noise
+        spread = alpha**2 * COVARIANCE + sigma**2 * in_input
+        left = a**2 * COVARIANCE + b**2 * of_noise - with_x @ torch.linalg.inv(spread) @ with_x
+        least = loss(optimum)
+        # diffusers rescales betas in float32, which moves sigma by 0.2% at the first timesteps.
+        assert least == pytest.approx(weight * left.trace().item() / D, rel=5e-3, abs=2e-6 * weight)
+
+        for scale in (0.02, 0.2):
+            matrix, constant = (
+                scale * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((D, D), (D,))
+            )
+            change = x @ matrix + constant
+            added = weight * change.square().mean().item()
+            assert loss(optimum + change) - least == pytest.approx(added, rel=5e-3)
+
+
+@pytest.mark.parametrize("snr_gamma", [None, 5.0])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_optimal_denoiser_has_the_least_loss(settings, snr_gamma):
+    """Of every objective, at every timestep, with Min-SNR or without."""
+    if settings[0] == "flow" and snr_gamma:
+        pytest.skip("refused")
+    objective, _ = build(settings, **({"snr_gamma": snr_gamma} if snr_gamma else {}))
+    check_optimum(objective, settings, snr_gamma)
+
+
+@pytest.mark.parametrize(("offset", "perturbation"), [(0.5, 0.0), (0.0, 0.5), (0.5, 0.5)])
+@pytest.mark.parametrize("kind", DDPM_TYPES)
+def test_offset_noise_is_in_the_target_and_perturbation_is_not(kind, offset, perturbation):
+    """The optimum under offset noise is the posterior for noise of covariance I + offset^2 11^T; input perturbation p only
+    adds p^2 I to the noise of the input. The optimum of plain noise is then no optimum.
+    """
+    settings = (kind, "scaled_linear", False, 1.0)
+    objective, _ = build(settings, noise_offset=offset, input_perturbation=perturbation)
+    check_optimum(objective, settings, None, offset, perturbation)
+    with pytest.raises(AssertionError):
+        check_optimum(objective, settings)
+    if offset and perturbation:
+        with pytest.raises(AssertionError):  # the perturbation counted as noise to predict
+            check_optimum(objective, settings, None, math.hypot(offset, perturbation))
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_x0_of_the_optimal_prediction_is_the_posterior_mean(settings):
+    """To float32's rounding, which epsilon's division by alpha enlarges."""
+    objective, _ = build(settings)
+    kind = settings[0]
+    noisy_latents = 3 * torch.randn(64, D, generator=torch.Generator().manual_seed(2))
+    for timestep in (0, 5, 100, 500, 900, 998, 999):
+        timesteps = torch.full((64,), timestep, dtype=torch.float32 if kind == "flow" else torch.int64)
+        alpha, sigma = scales(objective, timesteps[0])
+        assert (alpha, sigma) == pytest.approx(float64_scales(settings, timestep), rel=1e-3, abs=2e-5)
+        x0, noise = posterior(noisy_latents.double(), alpha, sigma)
+        a, b = coefficients(kind, alpha, sigma)
+        prediction = (a * x0 + b * noise).float()
+        tolerance = 3e-6 / (alpha if kind == "epsilon" else 1)
+        ours = objective.to_x0(prediction, noisy_latents, timesteps).double()
+        torch.testing.assert_close(ours, x0, rtol=0, atol=tolerance)
+
+
+# Timesteps
+
+
+@pytest.mark.parametrize(("density", "mean", "std"), [("uniform", 0.0, 1.0), ("logit_normal", 0.5, 0.7)])
+@pytest.mark.parametrize("shift", [0.5, 3.0])
+def test_shifted_densities(density, mean, std, shift):
+    """The shift adds its logarithm to the logit of sigma (arXiv 2403.03206, equation 23), which is normal or logistic."""
+    objective, _ = build(("flow", "scaled_linear", False, shift), timestep_density=density)
+    objective.logit_mean, objective.logit_std = mean, std
+    even = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    logits = torch.logit(objective.sample_timesteps(even).double() / 1000).numpy()
+    law = stats.logistic(math.log(shift)) if density == "uniform" else stats.norm(mean + math.log(shift), std)
+    # Kolmogorov-Smirnov's statistic of a perfect even sample is half a step.
+    assert stats.kstest(logits, law.cdf).statistic < 1 / 20_000
+
+
+def check_grid(scheduler, objective, steps=50):
+    """Asserts that a flow's sampler goes evenly through training's uniform density, shifted once, and tells the model
+    the sigma at which it is. The last sigma is shifted twice by diffusers, 0.009 for shift 3: no step of any size.
+    """
+    scheduler.set_timesteps(steps)
+    sigmas = scheduler.sigmas[:-1].unique().flip(0)
+    uniform = torch.linspace(1, 0, steps)
+    expected = objective.sample_timesteps(uniform) / 1000
+    assert (sigmas - expected).abs().max() < 0.01
+    assert (scheduler.timesteps.unique().flip(0) / 1000 - sigmas).abs().max() < 1e-6
+    assert scheduler.sigmas[-1] == 0
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("name", FLOW_SAMPLERS)
+def test_flow_samplers_shift_once(name, shift):
+    """As training does."""
+    objective, trained_with = build(("flow", "scaled_linear", False, shift), timestep_density="uniform")
+    check_grid(sampling_scheduler(trained_with, name), objective)
+
+
+# Each check finds the fault that it is there to find
+
+ZERO_SNR_V = ("v_prediction", "scaled_linear", True, 1.0)
+SHIFTED = ("flow", "scaled_linear", False, 3.0)
+
+
+def leading_spacing(monkeypatch):
+    """At 25 steps the sampler starts at t = 961, where the model expects a signal."""
+    objective, trained_with = build(ZERO_SNR_V)
+    right = DDIMScheduler.from_config(trained_with.config)
+    wrong = DDIMScheduler.from_config(trained_with.config, timestep_spacing="leading")
+    return lambda faulty: check_output(wrong if faulty else right, objective, monkeypatch, steps=25)
+
+
+def clipped_samples(monkeypatch):
+    objective, trained_with = build(ZERO_SNR_V)
+    return lambda faulty: check_output(
+        DDPMScheduler.from_config(trained_with.config, clip_sample=faulty), objective, monkeypatch
+    )
+
+
+class SwappedSign(DDPMObjective):
+    def target(self, latents, noise, timesteps):
+        return -super().target(latents, noise, timesteps)
+
+
+def swapped_sign_when_sampled(monkeypatch):
+    _, trained_with = build(ZERO_SNR_V)
+    return lambda faulty: check_output(
+        sampling_scheduler(trained_with), (SwappedSign if faulty else DDPMObjective)(trained_with), monkeypatch
+    )
+
+
+def swapped_sign_in_the_loss(monkeypatch):
+    trained_with = training_scheduler(*ZERO_SNR_V)
+    return lambda faulty: check_optimum((SwappedSign if faulty else DDPMObjective)(trained_with), ZERO_SNR_V)
+
+
+def unrescaled(faulty):
+    """The scheduler that Min-SNR's table must not be made from."""
+    return training_scheduler(*ZERO_SNR_V[:2], not faulty)
+
+
+def snr_of_unrescaled_betas(monkeypatch):
+    def check(faulty):
+        objective, _ = build(ZERO_SNR_V, snr_gamma=5.0)
+        objective.snr = DDPMObjective(unrescaled(faulty)).snr
+        check_optimum(objective, ZERO_SNR_V, 5.0)
+
+    return check
+
+
+def trained_on_unrescaled_betas(monkeypatch):
+    """All tables of training, and not of sampling."""
+    _, trained_with = build(ZERO_SNR_V)
+    return lambda faulty: check_output(
+        sampling_scheduler(trained_with), DDPMObjective(unrescaled(faulty)), monkeypatch
+    )
+
+
+def shift_twice(name):
+    """A shift of 3 on top of a shift of 3 is one of 9."""
+
+    def fault(monkeypatch):
+        objective, _ = build(SHIFTED, timestep_density="uniform")
+        return lambda faulty: check_grid(
+            sampling_scheduler(training_scheduler(*SHIFTED[:3], 9.0 if faulty else 3.0), name), objective
+        )
+
+    return fault
+
+
+def shift_of_timesteps_only(monkeypatch):
+    """The model is told sigmas that are shifted once more than those of the steps."""
+    objective, trained_with = build(SHIFTED)
+    scheduler = sampling_scheduler(trained_with)
+    set_timesteps = scheduler.set_timesteps
+
+    def shifted_again(*args, **kwargs):
+        set_timesteps(*args, **kwargs)
+        sigmas = scheduler.timesteps / 1000
+        scheduler.timesteps = 1000 * 3 * sigmas / (1 + 2 * sigmas)
+
+    def check(faulty):
+        if faulty:
+            monkeypatch.setattr(scheduler, "set_timesteps", shifted_again)
+        check_output(scheduler, objective, monkeypatch)
+
+    return check
+
+
+PLANTED = {
+    "leading spacing": leading_spacing,
+    "clipped samples": clipped_samples,
+    "v with swapped sign, sampled": swapped_sign_when_sampled,
+    "v with swapped sign, loss": swapped_sign_in_the_loss,
+    "SNR of unrescaled betas": snr_of_unrescaled_betas,
+    "trained on unrescaled betas": trained_on_unrescaled_betas,
+    "Euler shifts twice": shift_twice("flow_euler"),
+    "Heun shifts twice": shift_twice("flow_heun"),
+    "timesteps shifted once more than sigmas": shift_of_timesteps_only,
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_fault_is_found(name, monkeypatch):
+    """The check passes without the fault, and fails with it."""
+    check = PLANTED[name](monkeypatch)
+    check(False)
+    with pytest.raises(AssertionError):
+        check(True)

@@ -1,0 +1,316 @@
+"""Optimizers: Muon against singular values, which parameter belongs to whom, and resuming bit for bit."""
+
+import json
+import random
+from argparse import ArgumentParser
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import refused
+from helpers import SignalAt, run, start
+from test_resume import LATEST, assert_identical, trained
+from torch import nn
+
+from utils import arg_checks
+from utils.args import add_optimizer_args
+from utils.conditions import ClassCondition, NoCondition
+from utils.errors import UserError
+from utils.models.denoiser import ConditionalDenoiser
+from utils.models.dit import DiT
+from utils.models.image_vae import TrainableVAE, build_vae
+from utils.models.unet import build_unet, unet_config
+from utils.optimization import OPTIMIZERS, hidden_matrices, make_optimizer, set_learning_rate
+from utils.parsing import parse_with_config
+
+CLASS = "train_class_cond_ldm.py"
+SETTINGS = {"learning_rate": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1, "epsilon": 1e-8}
+
+
+def dit_denoiser(**settings):
+    torch.manual_seed(0)
+    config = {
+        "sample_size": 8,
+        "num_layers": 2,
+        "hidden_size": 48,
+        "num_attention_heads": 4,
+        "cross_attention_dim": 10,
+    }
+    config |= {"projection_class_embeddings_input_dim": 48} | settings
+    return ConditionalDenoiser(DiT(**config), ClassCondition(3, 48))
+
+
+def unet_denoiser():
+    return ConditionalDenoiser(build_unet(unet_config("tiny", 8, 4, 10, False)), NoCondition())
+
+
+MODELS = {
+    "dit": dit_denoiser,
+    "plain dit": lambda: dit_denoiser(
+        style="plain", projection_class_embeddings_input_dim=None, class_embed_type="identity"
+    ),
+    "unet": unet_denoiser,
+    "vae": lambda: TrainableVAE(build_vae("base", 32)),
+}
+
+
+def give_gradients(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+# ---- the table and its flags
+
+
+def test_choices_are_the_table():
+    parser = ArgumentParser()
+    add_optimizer_args(parser)
+    (action,) = (action for action in parser._actions if action.dest == "optimizer")
+    assert action.choices == list(OPTIMIZERS)
+
+
+def parsed(*flags):
+    parser = ArgumentParser()
+    add_optimizer_args(parser)
+    args = parse_with_config(parser, list(flags))
+    arg_checks.check_optimizer_args(args)
+    return args
+
+
+def test_use_8bit_adam_is_an_alias(tmp_path):
+    assert parsed().optimizer == "adamw"
+    assert parsed("--use_8bit_adam").optimizer == "adamw_8bit"
+    assert parsed("--use_8bit_adam", "--optimizer", "adamw_8bit").optimizer == "adamw_8bit"
+    assert parsed("--no-use_8bit_adam", "--optimizer", "muon").optimizer == "muon"
+    for name in ("muon", "adamw"):
+        with pytest.raises(UserError, match=f"--use_8bit_adam with --optimizer {name}.*leave one out"):
+            parsed("--use_8bit_adam", "--optimizer", name)
+    (tmp_path / "config.yaml").write_text("use_8bit_adam: true\n")
+    with pytest.raises(UserError, match="--no-use_8bit_adam if a file sets it"):
+        parsed("--config", str(tmp_path / "config.yaml"), "--optimizer", "muon")
+    with pytest.raises(UserError, match="--optimizer"):
+        parsed("--optimizer", "lion")
+
+
+def test_adamw_is_fused():
+    optimizer = make_optimizer(dit_denoiser(), **SETTINGS)
+    assert type(optimizer) is torch.optim.AdamW
+    assert [group["fused"] for group in optimizer.param_groups] == [True]
+
+
+def test_torch_without_muon(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(
+        UserError, match=r"--optimizer muon needs torch 2\.9 or newer, and this is " + torch.__version__[:3]
+    ):
+        make_optimizer(dit_denoiser(), **SETTINGS, name="muon")
+
+
+def test_a_model_without_matrices():
+    with pytest.raises(UserError, match="--optimizer muon: this model has no linear layers"):
+        make_optimizer(nn.Sequential(nn.Conv2d(3, 3, 3), nn.Linear(3, 3)), **SETTINGS, name="muon")
+
+
+# ---- who moves what
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_trainable_parameter_is_in_one_group(kind, name):
+    """Once; a frozen one in none."""
+    pytest.importorskip("bitsandbytes")
+    model = MODELS[kind]()
+    frozen = [parameter for i, parameter in enumerate(model.parameters()) if i % 5 == 0]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    optimizer = make_optimizer(model, **SETTINGS, name=name)
+    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert len(held) == len(set(held))
+    assert set(held) == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+
+
+def test_muons_share_of_a_dit():
+    """The matrices of attention and feed-forward of each block, and no other parameter."""
+    model = dit_denoiser()
+    matrices = {id(parameter) for parameter in hidden_matrices(model)}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in matrices}
+    layers = [f"{each}.{layer}" for each in ("attention", "cross_attention") for layer in ("to_q", "to_kv", "to_out")]
+    layers += ["mlp.proj_in", "mlp.proj_out"]
+    assert names == {f"model.blocks.{i}.{layer}.weight" for i in range(2) for layer in layers}
+
+
+def test_muons_share_of_a_unet():
+    """Matrices of its transformers, and none of what takes the timestep or maps from and to latents."""
+    model = unet_denoiser()
+    matrices = {id(parameter) for parameter in hidden_matrices(model)}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in matrices}
+    assert names
+    assert all("attentions." in name and name.endswith(".weight") for name in names)
+    linear = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    assert all("time_emb" in name or "class_emb" in name for name in linear - names)
+
+
+# ---- the update
+
+
+def test_muon_orthogonalises_the_momentum():
+    """Without weight decay the first step is lr x 0.2 sqrt(max(A, B)) x a matrix with the singular vectors of the gradient and
+    singular values near 1 (0.7 to 1.2 is what five of Jordan's quintic steps reach), whatever those of the gradient were."""
+    model = dit_denoiser(hidden_size=96)
+    optimizer = make_optimizer(model, **SETTINGS | {"weight_decay": 0.0}, name="muon")
+    matrices = hidden_matrices(model)
+    before = [weight.detach().clone() for weight in matrices]
+    give_gradients(model, seed=1)
+    for weight in matrices:
+        u, s, vt = torch.linalg.svd(weight.grad, full_matrices=False)
+        weight.grad = 1e3 * (u * torch.linspace(0.05, 1.0, len(s))) @ vt  # of any size and an uneven spectrum
+    optimizer.step()
+    for weight, old in zip(matrices, before, strict=True):
+        update = (old - weight.detach()) / (1e-2 * 0.2 * max(weight.shape) ** 0.5)
+        u, s, vt = torch.linalg.svd(weight.grad, full_matrices=False)
+        seen = u.T @ update @ vt.T  # in the gradient's own singular vectors: diagonal
+        assert seen.diagonal().min() > 0.6
+        assert seen.diagonal().max() < 1.3
+        assert (seen - seen.diagonal().diag()).abs().max() < 0.1
+
+
+def test_muons_second_step_follows_nesterov_momentum():
+    """What is orthogonalised is g + mu (B - g) with B an exponential mean of gradients (Jordan's code), by the polar factor
+    of an SVD; and weights decay by lr x weight decay first."""
+    model = dit_denoiser(hidden_size=96, num_layers=1)
+    optimizer = make_optimizer(model, **SETTINGS, name="muon")
+    weight = model.model.blocks[0].attention.to_q.weight
+    mean = torch.zeros_like(weight)
+    for seed in (1, 2, 3):
+        old = weight.detach().clone()
+        give_gradients(model, seed)
+        mean = 0.95 * mean + 0.05 * weight.grad
+        optimizer.step()
+        u, _, vt = torch.linalg.svd(0.05 * weight.grad + 0.95 * mean)
+        update = ((1 - 1e-2 * 0.1) * old - weight.detach()) / (1e-2 * 0.2 * 96**0.5)
+        cosine = (update * (u @ vt)).sum() / update.norm() / (u @ vt).norm()
+        assert cosine > 0.97
+
+
+def test_one_learning_rate_serves_both():
+    """The root mean square of Muon's update is AdamW's usual 0.2 to 0.4 x lr for matrices of any shape (arXiv 2502.16982)."""
+    model = dit_denoiser(hidden_size=96)
+    optimizer = make_optimizer(model, **SETTINGS | {"weight_decay": 0.0}, name="muon")
+    before = [weight.detach().clone() for weight in hidden_matrices(model)]
+    set_learning_rate(optimizer, 3e-3)
+    assert [group["lr"] for group in optimizer.param_groups] == [3e-3, 3e-3]
+    give_gradients(model, seed=1)
+    optimizer.step()
+    for weight, old in zip(hidden_matrices(model), before, strict=True):
+        assert 0.1 < (weight.detach() - old).square().mean().sqrt() / 3e-3 < 0.4
+
+
+def test_the_rest_is_adamws():
+    """Bit for bit what torch's AdamW does to the same parameters."""
+    model, reference = dit_denoiser(), dit_denoiser()
+    optimizer = make_optimizer(model, **SETTINGS, name="muon")
+    adamw = torch.optim.AdamW(
+        reference.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1, eps=1e-8, fused=True
+    )
+    for step in range(3):
+        for each, moved in ((model, optimizer), (reference, adamw)):
+            give_gradients(each, seed=step)
+            set_learning_rate(moved, 1e-2 / (step + 1))
+            moved.step()
+    matrices = {id(parameter) for parameter in hidden_matrices(model)}
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(ours, theirs) != (id(ours) in matrices)
+
+
+# ---- state
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_loaded_state_goes_on_exactly(prepared, tmp_path):
+    """Through a file, into a new optimizer, bare or as Accelerate prepares it, weights go on bit for bit and the learning rate
+    can still be set."""
+
+    def steps(model, optimizer, first, last):
+        for step in range(first, last):
+            give_gradients(model, seed=step)
+            set_learning_rate(optimizer, 1e-2 / (step + 1))
+            optimizer.step()
+
+    def made():
+        model = dit_denoiser()
+        optimizer = make_optimizer(model, **SETTINGS, name="muon")
+        return Accelerator(cpu=True).prepare(model, optimizer) if prepared else (model, optimizer)
+
+    model, optimizer = made()
+    steps(model, optimizer, 0, 6)
+    half, its_optimizer = made()
+    steps(half, its_optimizer, 0, 3)
+    torch.save((half.state_dict(), its_optimizer.state_dict()), tmp_path / "half.pt")
+    resumed, new_optimizer = made()
+    weights, state = torch.load(tmp_path / "half.pt", weights_only=True)
+    resumed.load_state_dict(weights)
+    new_optimizer.load_state_dict(state)
+    steps(resumed, new_optimizer, 3, 6)
+    for ours, theirs in zip(resumed.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    ours, theirs = new_optimizer.state_dict(), optimizer.state_dict()
+    assert ours["param_groups"] == theirs["param_groups"]
+    assert len(ours["state"]) == len(theirs["state"]) == len(list(model.parameters()))
+
+
+# ---- scripts
+
+
+@pytest.fixture(scope="module")
+def flags(cache, tmp_path_factory):
+    """A class-conditional DiT of 6 blocks, so that there are some to route past."""
+    config = tmp_path_factory.mktemp("models") / "deep.json"
+    config.write_text(json.dumps({"num_layers": 6, "hidden_size": 32, "num_attention_heads": 2}))
+    return [
+        *("--latents_dir", cache, "--model", "dit", "--model_size", "S/1", "--model_config", config),
+        *("--max_train_steps", 24, "--checkpointing_steps", 4, "--train_batch_size", 4, "--learning_rate", 1e-3),
+        *("--lr_warmup_steps", 6, "--lr_scheduler", "cosine", "--validation_labels", 0, "--num_validation_images", 1),
+        *("--validation_inference_steps", 1, "--prediction_type", "flow"),
+    ]
+
+
+KINDS = {
+    "muon": ["--optimizer", "muon", "--gradient_accumulation_steps", 2],
+    "routed": ["--tread_ratio", 0.5],
+    "muon, routed": ["--optimizer", "muon", "--tread_ratio", 0.25],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_and_resumed_is_bit_identical(flags, tmp_path, kind):
+    """SIGKILL at two moments; what is resumed ends with the weights, average and optimizer state of a run that nobody killed."""
+    flags = [*flags, *KINDS[kind]]
+    run(CLASS, *flags, "--output_dir", tmp_path / "whole")
+    chance = random.Random(kind)
+    for count in (chance.randint(5, 11), chance.randint(5, 9)):
+        fault = SignalAt("utils.run:StepLog.step_done", count)
+        running = start(CLASS, *flags, "--output_dir", tmp_path / "run", *LATEST, fault=fault)
+        assert running.wait_for_kill(), running.wait().stderr
+    run(CLASS, *flags, "--output_dir", tmp_path / "run", *LATEST)
+    assert_identical(tmp_path / "run", tmp_path / "whole")
+    momenta = [name for name in trained(tmp_path / "run") if name.endswith("momentum_buffer")]
+    assert len(momenta) == (6 * 5 if "muon" in kind else 0)  # q, kv, out and two of the feed-forward
+
+
+def test_another_optimizer_is_refused(flags, tmp_path):
+    """A state of one optimizer is no state of another."""
+    flags = [*flags, "--max_train_steps", 4, "--output_dir", tmp_path / "run"]
+    run(CLASS, *flags, "--optimizer", "muon")
+    line = refused(run(CLASS, *flags, *LATEST, check=False))
+    assert "optimizer = muon, this run has adamw" in line
+
+
+def test_identity_names_the_optimizer():
+    from utils.run import identity_of
+
+    accelerator = SimpleNamespace(num_processes=1)
+    args = parsed("--use_8bit_adam")
+    args.train_batch_size = args.gradient_accumulation_steps = 1
+    assert identity_of(args, nn.Linear(1, 1), "data", accelerator)["optimizer"] == "adamw_8bit"

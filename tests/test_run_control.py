@@ -1,0 +1,219 @@
+"""When a training ends, and which steps reach the weights."""
+
+import json
+import math
+import signal
+
+import pytest
+import torch
+from conftest import refused
+from helpers import NotFinite, run, scalars
+from safetensors.torch import load_file
+
+from utils import run_control
+from utils.errors import UserError
+from utils.optimization import learning_rate_at
+from utils.run_control import RunControl
+
+TEXT, CLASS = "train_text_to_image_ldm.py", "train_class_cond_ldm.py"
+EVERY_STEP = [
+    *("--train_batch_size", 4, "--checkpointing_steps", 1, "--checkpoints_total_limit", 99, "--logging_steps", 1),
+    *("--lr_warmup_steps", 0, "--learning_rate", 1e-3),
+]
+LOSS = "utils.objectives:Objective.loss"
+
+
+def state_at(folder, step: int) -> dict[str, torch.Tensor]:
+    """Weights, average and optimizer state of a checkpoint."""
+    checkpoint = folder / f"checkpoint-{step}"
+    state = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        state |= {f"{path.name}/{name}": tensor for name, tensor in load_file(path).items()}
+    optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)
+    for index, each in optimizer["state"].items():
+        state |= {f"optimizer/{index}/{key}": value for key, value in each.items() if torch.is_tensor(value)}
+    return state
+
+
+def differing(folder, step: int, other: int) -> list[str]:
+    one, two = state_at(folder, step), state_at(folder, other)
+    return [name for name in one if not torch.equal(one[name], two[name])]
+
+
+# ---- losses that are not finite -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_gradient", [True, False], ids=["gradient", "loss alone"])
+@pytest.mark.parametrize(
+    ("script", "model", "extra", "processes"),
+    [
+        (TEXT, "unet", [], 1),
+        (TEXT, "dit", ["--mixed_precision", "bf16"], 2),
+        (CLASS, "dit", ["--use_8bit_adam", "--gradient_accumulation_steps", 2], 1),
+    ],
+)
+def test_a_step_that_is_not_finite_changes_nothing(
+    cache, model_flags, tmp_path, script, model, extra, processes, with_gradient
+):
+    """Neither weights nor average nor optimizer; of two processes one alone has the infinite loss."""
+    accumulation = 2 if "--gradient_accumulation_steps" in extra else 1
+    flags = ["--latents_dir", cache, *model_flags[model], *EVERY_STEP, *extra, "--max_train_steps", 5]
+    fault = NotFinite(LOSS, 3 * accumulation, rank=processes - 1, with_gradient=with_gradient)
+    run(script, *flags, "--output_dir", tmp_path / "run", processes=processes, fault=fault)
+    assert differing(tmp_path / "run", 2, 3) == []
+    assert len(differing(tmp_path / "run", 3, 4)) > 20
+    assert all(torch.isfinite(tensor.float()).all() for tensor in state_at(tmp_path / "run", 5).values())
+    assert list(scalars(tmp_path / "run", "train/skipped_steps").values()) == [0, 0, 1, 1, 1]
+    losses = scalars(tmp_path / "run", "train/loss")
+    assert [step for step, loss in losses.items() if not math.isfinite(loss)] == [3]
+
+
+def test_a_run_that_stays_not_finite_stops(cache, model_flags, tmp_path):
+    """After the steps allowed, with the last good checkpoint named; what it names can be gone on with."""
+    flags = ["--latents_dir", cache, *model_flags["unet"], *EVERY_STEP, "--max_train_steps", 12]
+    flags += ["--checkpointing_steps", 4, "--max_nonfinite_steps", 3, "--output_dir", tmp_path / "run"]
+    line = refused(run(TEXT, *flags, fault=NotFinite(LOSS, 6, times=99), check=False))
+    for part in ("--max_nonfinite_steps 3", "steps 6 to 8", "--resume_from_checkpoint checkpoint-4"):
+        assert part in line
+    run(TEXT, *flags, "--resume_from_checkpoint", "checkpoint-4")
+    # Three steps with a finite one between them do not stop a run.
+    run(TEXT, *flags, "--output_dir", tmp_path / "other", fault=NotFinite(LOSS, 6, times=2))
+
+
+# ---- hours ----------------------------------------------------------------------------------------------------------
+
+
+class OneProcess:
+    """As much of an Accelerator as RunControl asks for."""
+
+    device = torch.device("cpu")
+    is_main_process = True
+
+    @staticmethod
+    def gather(tensor):
+        return tensor
+
+
+class Clock:
+    """Time that passes only when a test says so."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(run_control.time, "time", lambda: self.now)
+        process = type("Process", (), {"create_time": lambda _, started=self.now: started})
+        monkeypatch.setattr(run_control.psutil, "Process", process)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    kept = {number: signal.getsignal(number) for number in run_control.SIGNALS}
+    yield Clock(monkeypatch)
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def trained_steps(clock, folder, hours, steps=None, resumed=False, first_step=0) -> list[tuple[float, float]]:
+    """(share of time at the start, time at the end) of each step: 10 s, the first 60 s, and every tenth with 30 s for
+    a checkpoint."""
+    control = RunControl(OneProcess(), folder, steps, hours, 20, first_step, is_resumed=resumed)
+    done = []
+    for global_step in control.steps():
+        share = control.time_share
+        clock.now += 60 if global_step == first_step else 10
+        assert control.may_step(torch.tensor(1.0), torch.tensor(1.0))
+        if (global_step + 1) % 10 == 0 or control.is_last:
+            clock.now += 30
+        done.append((share, clock.now))
+    control.say_how_it_ended()
+    assert control.steps_done == first_step + len(done)
+    return done
+
+
+def test_hours_end_a_run_on_time(clock, tmp_path):
+    """With its last checkpoint, and not more than one step and one checkpoint early."""
+    started = clock.now
+    done = trained_steps(clock, tmp_path, hours=0.5)
+    assert 1800 - 10 - 30 < done[-1][1] - started <= 1800
+    shares = [share for share, _ in done]
+    assert shares == sorted(shares)
+    assert shares[0] == 0
+    assert 0.97 < shares[-1] <= 1
+
+
+def test_steps_end_a_run_that_has_hours_left(clock, tmp_path):
+    assert len(trained_steps(clock, tmp_path, hours=0.5, steps=7)) == 7
+
+
+def test_hours_count_over_all_resumes(clock, tmp_path, monkeypatch):
+    first = trained_steps(clock, tmp_path, hours=0.25)
+    assert json.loads((tmp_path / "elapsed.json").read_text())["seconds"] == first[-1][1] - 1000
+    clock.now += 99_999  # a pause costs nothing
+    again = Clock(monkeypatch)
+    again.now = clock.now
+    process = type("Process", (), {"create_time": lambda _, started=clock.now: started})
+    monkeypatch.setattr(run_control.psutil, "Process", process)
+    second = trained_steps(again, tmp_path, hours=0.5, resumed=True, first_step=len(first))
+    assert first[-1][1] - 1000 + second[-1][1] - clock.now == pytest.approx(1800, abs=41)
+    assert trained_steps(again, tmp_path, hours=0.5, resumed=True, first_step=len(first)) == []  # all is spent
+
+
+def test_schedule_follows_the_clock():
+    """The decay starts when four fifths of the hours are spent and ends with them; the warm-up counts steps."""
+
+    def rate(step, share, max_train_steps=None):
+        return learning_rate_at(step, 1.0, "constant_with_decay", 10, max_train_steps, share)
+
+    assert rate(4, 0.9) == pytest.approx(0.5)
+    assert rate(500, 0.5) == 1
+    assert rate(500, 0.8) == pytest.approx(1)
+    assert rate(500, 0.9) == pytest.approx(0.5)
+    assert rate(500, 1.0) == 0
+    assert rate(505, 0.1, max_train_steps=510) == pytest.approx(5 / 500 / 0.2)  # steps lead where they end first
+
+
+def test_hours_of_a_script(cache, model_flags, tmp_path):
+    """It ends by itself, with a checkpoint of its last step and an export, and goes on only when given more."""
+    flags = ["--latents_dir", cache, *model_flags["dit"], "--train_batch_size", 4, "--logging_steps", 1]
+    flags += [
+        "--checkpointing_steps",
+        100_000,
+        "--lr_warmup_steps",
+        1,
+        "--lr_scheduler",
+        "constant_with_decay",
+        "--output_dir",
+        tmp_path / "run",
+    ]
+    result = run(CLASS, *flags, "--max_train_hours", 8 / 3600, "--validation_steps", 100_000)
+    assert "--max_train_hours are used up" in result.stderr
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    rates = scalars(tmp_path / "run", "train/learning_rate")
+    assert checkpoint.name == f"checkpoint-{max(rates)}"
+    assert min(rates.values()) < 0.8 * max(rates.values())
+    assert (tmp_path / "run" / "model_index.json").is_file()
+    assert json.loads((tmp_path / "run" / "elapsed.json").read_text())["seconds"] > 4
+    again = run(CLASS, *flags, "--max_train_hours", 8 / 3600, "--resume_from_checkpoint", "latest")
+    assert "--max_train_hours are used up" in again.stderr
+    assert scalars(tmp_path / "run", "train/learning_rate").keys() == rates.keys()
+
+
+# ---- signals --------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_signal_ends_the_process_at_once(clock, tmp_path):
+    control = RunControl(OneProcess(), tmp_path, 5, None, 20, 0, is_resumed=False)
+    signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert control.may_step(torch.tensor(1.0), torch.tensor(1.0))
+    assert control.is_last
+    assert control.interrupted
+
+
+@pytest.mark.parametrize("grad_norm", [torch.tensor(1.0), None])
+def test_steps_in_a_row_are_counted(clock, tmp_path, grad_norm):
+    control = RunControl(OneProcess(), tmp_path, 50, None, 2, 0, is_resumed=False)
+    assert not control.may_step(torch.tensor(math.nan), grad_norm)
+    assert control.may_step(torch.tensor(1.0), grad_norm)
+    assert not control.may_step(torch.tensor(math.inf), grad_norm)
+    with pytest.raises(UserError, match="there is no checkpoint yet"):
+        control.may_step(torch.tensor(1.0), torch.tensor(math.nan))
