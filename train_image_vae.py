@@ -61,6 +61,7 @@ def main(args: argparse.Namespace) -> None:
     from utils.ema import EMA
     from utils.image_stream import to_pixels
     from utils.models.image_vae import RECONSTRUCTION_LOSSES, TrainableVAE, build_vae
+    from utils.step_log import StepLog
 
     # Load
     output_dir = Path(args.output_dir)
@@ -93,7 +94,7 @@ def main(args: argparse.Namespace) -> None:
     batches = iter(run.make_loader(stream, args, accelerator, first_step))
     run.announce(args, accelerator, model, stream.order.num_rows, first_step)
     control = run.make_control(args, accelerator, output_dir, first_step)
-    step_log = run.StepLog(accelerator, control, run.samples_per_step(args, accelerator))
+    step_log = StepLog(accelerator, control, run.samples_per_step(args, accelerator))
     progress = tqdm(
         total=args.max_train_steps, initial=first_step, unit="step", disable=not accelerator.is_main_process
     )

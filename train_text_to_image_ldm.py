@@ -52,11 +52,13 @@ def main(args: argparse.Namespace) -> None:
     from tqdm.auto import tqdm
 
     from utils import build, export, optimization, run, validation
+    from utils.budget import training_flops
     from utils.checkpoints import Checkpoints
     from utils.conditions import encode_text
     from utils.draws import SampleDraws
     from utils.ema import EMA
     from utils.latent_cache import LatentStream
+    from utils.step_log import StepLog
 
     # Load
     output_dir = Path(args.output_dir)
@@ -91,6 +93,8 @@ def main(args: argparse.Namespace) -> None:
         args.adam_epsilon,
         args.optimizer,
     )
+    num_text_tokens = cache.spec.captions["shape"][0]
+    flops = training_flops(denoiser, cache.spec.shape, num_text_tokens, args.tread_ratio)  # of a sample
     denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
     model = accelerator.unwrap_model(denoiser)
     ema = EMA(model, args.ema_decay, args.ema_sigma_rels or ()) if args.use_ema else None
@@ -105,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
     batches = iter(run.make_loader(LatentStream(cache, args.seed), args, accelerator, first_step))
     run.announce(args, accelerator, model, len(cache), first_step)
     control = run.make_control(args, accelerator, output_dir, first_step)
-    step_log = run.StepLog(accelerator, control, run.samples_per_step(args, accelerator))
+    step_log = StepLog(accelerator, control, run.samples_per_step(args, accelerator), flops)
     progress = tqdm(
         total=args.max_train_steps, initial=first_step, unit="step", disable=not accelerator.is_main_process
     )

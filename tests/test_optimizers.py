@@ -290,7 +290,7 @@ def test_killed_and_resumed_is_bit_identical(flags, tmp_path, kind):
     run(CLASS, *flags, "--output_dir", tmp_path / "whole")
     chance = random.Random(kind)
     for count in (chance.randint(5, 11), chance.randint(5, 9)):
-        fault = SignalAt("utils.run:StepLog.step_done", count)
+        fault = SignalAt("utils.step_log:StepLog.step_done", count)
         running = start(CLASS, *flags, "--output_dir", tmp_path / "run", *LATEST, fault=fault)
         assert running.wait_for_kill(), running.wait().stderr
     run(CLASS, *flags, "--output_dir", tmp_path / "run", *LATEST)

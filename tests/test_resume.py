@@ -114,10 +114,10 @@ def test_killed_and_resumed_is_bit_identical(common, uninterrupted, tmp_path, na
     folder = tmp_path / "run"
     chance = random.Random(name)
     kills = [
-        ("utils.run:StepLog.step_done", chance.randint(5, 7), 4),
+        ("utils.step_log:StepLog.step_done", chance.randint(5, 7), 4),
         ("utils.checkpoints:fsync_path", 2, 4),  # steps 5 to 8, and one file of checkpoint-8
         ("utils.checkpoints:prune", 2, 12),  # steps 5 to 8, and 9 to 12
-        ("utils.run:StepLog.step_done", chance.randint(1, 3), 12),
+        ("utils.step_log:StepLog.step_done", chance.randint(1, 3), 12),
     ]
     for function, count, last_checkpoint in kills:
         rank = chance.randrange(processes) if "StepLog" in function else 0

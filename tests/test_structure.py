@@ -33,6 +33,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "input_args",
         "run",
         "run_control",
+        "step_log",
         "sharding",
         "checkpoints",
         "ema",

@@ -1,12 +1,8 @@
 """Setting a training run up and keeping its books: accelerator, folder, batches, logged values."""
 
 import logging
-import math
 import os
-import resource
 import signal
-import sys
-import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -226,65 +222,3 @@ def averaged_weights(accelerator: Accelerator, model: Any, ema: EMA | None) -> I
         model.train()
         if ema is not None:
             ema.swap(model)
-
-
-class StepLog:
-    """Losses accumulate on the device and are read only when logged. Steps that were skipped are in no mean."""
-
-    def __init__(self, accelerator: Accelerator, control: RunControl, samples_per_step: int):
-        self.accelerator, self.control = accelerator, control
-        self.samples_per_step = samples_per_step
-        self.step_loss = torch.zeros((), device=accelerator.device)  # sum over the micro-steps of this step
-        self.total = torch.zeros((), device=accelerator.device)
-        self.micro_steps = self.steps = 0
-        self.started = time.perf_counter()
-
-    def add(self, loss: Tensor) -> None:
-        """Counts the loss of a micro-step."""
-        self.step_loss += loss.detach().float()
-
-    def step_done(self, moved: bool, micro_steps: int) -> None:
-        """Counts an optimizer step, and its losses if it moved the weights."""
-        if moved:
-            self.total += self.step_loss
-            self.micro_steps += micro_steps
-        self.step_loss.zero_()
-        self.steps += 1
-
-    def flush(self, learning_rate: float, global_step: int) -> dict[str, str]:
-        """Writes the means since the last call, over all processes, to the trackers, and returns them for the progress
-        bar. Every process calls this."""
-        mean_loss = self.total / self.micro_steps if self.micro_steps else torch.full_like(self.total, math.nan)
-        loss = self.accelerator.reduce(mean_loss, reduction="mean").item()
-        seconds_per_step = (time.perf_counter() - self.started) / self.steps
-        hours_left = self.control.seconds_left(seconds_per_step) / 3600
-        values = {
-            "train/loss": loss,
-            "train/grad_norm": self.control.grad_norm,
-            "train/learning_rate": learning_rate,
-            "train/skipped_steps": self.control.nonfinite_steps,
-            "train/samples_per_second": self.samples_per_step / seconds_per_step,
-            "train/memory_gb": peak_memory(self.accelerator.device) / 1e9,
-            "train/hours_left": hours_left,
-        }
-        self.accelerator.log(values, step=global_step)
-        self.control.save_elapsed()
-        self.total.zero_()
-        self.micro_steps = self.steps = 0
-        self.started = time.perf_counter()
-        shown = {
-            "loss": f"{loss:.4f}",
-            "lr": f"{learning_rate:.2e}",
-            "samples/s": f"{values['train/samples_per_second']:.1f}",
-            "GB": f"{values['train/memory_gb']:.1f}",
-            "left": f"{hours_left:.2f}h",
-        }
-        return shown | ({"skipped": str(self.control.nonfinite_steps)} if self.control.nonfinite_steps else {})
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes that this process has held: of tensors on a CUDA device, elsewhere of resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # which counts in kilobytes, but on macOS in bytes
