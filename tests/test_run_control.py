@@ -2,15 +2,20 @@
 
 import json
 import math
+import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
-from conftest import refused
-from helpers import NotFinite, run, scalars
+from conftest import ROOT, refused
+from helpers import ENVIRONMENT, NotFinite, run, scalars
 from safetensors.torch import load_file
 
 from utils import run_control
+from utils.checkpoints import damage
 from utils.errors import UserError
 from utils.optimization import learning_rate_at
 from utils.run_control import RunControl
@@ -200,13 +205,51 @@ def test_hours_of_a_script(cache, model_flags, tmp_path):
 # ---- signals --------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_signal_ends_the_process_at_once(clock, tmp_path):
+def test_a_signal_ends_the_run_after_its_step_and_its_echo_is_ignored(clock, tmp_path):
     control = RunControl(OneProcess(), tmp_path, 5, None, 20, 0, is_resumed=False)
     signal.raise_signal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGINT)
     assert control.may_step(torch.tensor(1.0), torch.tensor(1.0))
     assert control.is_last
     assert control.interrupted
+    assert not control.is_finished
+
+
+def test_a_second_signal_ends_the_process(clock, tmp_path, monkeypatch):
+    control = RunControl(OneProcess(), tmp_path, 5, None, 20, 0, is_resumed=False)
+    signal.raise_signal(signal.SIGTERM)
+    control.received_at -= 6
+    raised = []
+    monkeypatch.setattr(run_control.signal, "raise_signal", raised.append)
+    control._receive(signal.SIGTERM, None)
+    assert raised == [signal.SIGTERM]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_a_launcher_and_all_its_processes(cache, model_flags, tmp_path, number):
+    """As Ctrl-C in a terminal sends it: trainers get it twice, the second time from the launcher; loaders get it too."""
+    config = ROOT / "configs" / "accelerate" / "cpu_ddp.yaml"
+    flags = ["--latents_dir", cache, *model_flags["dit"], "--train_batch_size", 4, "--dataloader_num_workers", 1]
+    flags += ["--checkpointing_steps", 100_000, "--output_dir", tmp_path / "run"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, ROOT / CLASS, *flags]
+    log = tmp_path / "log"
+    with log.open("w") as stderr:
+        environment = os.environ | ENVIRONMENT
+        launcher = subprocess.Popen(
+            list(map(str, command)), cwd=ROOT, env=environment, stderr=stderr, start_new_session=True
+        )
+        deadline = time.monotonic() + 120
+        while "/100000 [" not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.killpg(launcher.pid, number)
+        launcher.wait(60)
+    (checkpoint,) = (tmp_path / "run").glob("*checkpoint*")
+    step = checkpoint.name.removeprefix("checkpoint-")
+    assert f"stopped by a signal after step {step}" in log.read_text()
+    assert damage(checkpoint) is None
 
 
 @pytest.mark.parametrize("grad_norm", [torch.tensor(1.0), None])

@@ -24,6 +24,7 @@ from utils.files import read_json, write_json
 logger = logging.getLogger(__name__)
 ELAPSED_FILE = "elapsed.json"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SECONDS_OF_ECHO = 5.0  # a launcher passes on to its processes what these got as well
 
 
 class RunControl:
@@ -55,6 +56,7 @@ class RunControl:
         self.longest_step = self.longest_tail = self.tail = 0.0  # the tail: checkpoint, validation, logging
         self.nonfinite_in_a_row = self.nonfinite_steps = 0
         self.received: signal.Signals | None = None
+        self.received_at = 0.0
         self.interrupted = self.is_last = False
         self.grad_norm = math.nan
         for each in SIGNALS:
@@ -62,9 +64,12 @@ class RunControl:
         self.seconds = self._agree(self._seconds())[0]
 
     def _receive(self, number: int, frame) -> None:
-        self.received = signal.Signals(number)
-        signal.signal(number, signal.SIG_DFL)  # who sends it again means it
-        os.write(2, f"\n{self.received.name}: finishing this step, then writing a checkpoint\n".encode())
+        if self.received is None:
+            self.received, self.received_at = signal.Signals(number), time.monotonic()
+            os.write(2, f"\n{self.received.name}: finishing this step, then writing a checkpoint\n".encode())
+        elif time.monotonic() - self.received_at > SECONDS_OF_ECHO:  # who sends it again means it
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def _seconds(self) -> float:
         return time.time() - self.clock_zero
