@@ -33,6 +33,7 @@ def parse_args() -> argparse.Namespace:
     input_args.add_cache_args(parser)
     args = parse_with_config(parser)
     required(args, "hours")
+    arg_checks.check_codec_args(args)
     plan_args.check_plan_args(args)
     arg_checks.check_objective_args(args)
     arg_checks.check_routing_args(args)

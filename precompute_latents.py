@@ -9,9 +9,9 @@ Killed at any moment and started again it continues. Several processes each enco
 import argparse
 from pathlib import Path
 
-from utils import input_args
+from utils import arg_checks, input_args
 from utils.errors import UserError
-from utils.parsing import non_negative_int, parse_with_config, required, run_script
+from utils.parsing import non_negative_int, parse_with_config, positive_int, required, run_script
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,8 +29,19 @@ def parse_args() -> argparse.Namespace:
     input_args.add_dataset_args(parser)
     input_args.add_condition_args(parser)
     input_args.add_cache_args(parser)
+    group = parser.add_argument_group("parts")
+    group.add_argument(
+        "--num_parts",
+        type=positive_int,
+        default=1,
+        help="Make one part of a cache that is too large for one disk; training reads a part on each machine.",
+    )
+    group.add_argument("--part_index", type=non_negative_int, default=0, help="Which part, from 0 on.")
     args = parse_with_config(parser)
     required(args, "latents_dir")
+    arg_checks.check_codec_args(args)
+    if args.part_index >= args.num_parts:
+        raise UserError(f"--part_index {args.part_index}: the parts are 0 to {args.num_parts - 1} (--num_parts)")
     if not args.dataset_name and not args.train_data_dir:
         raise UserError("give --dataset_name (hub name, folder or parquet file) or --train_data_dir (an image folder)")
     return args
@@ -43,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
     from utils.run import make_accelerator
 
     accelerator = make_accelerator(args)
-    spec = build_latent_cache(args, accelerator, Path(args.latents_dir))
+    spec = build_latent_cache(args, accelerator, Path(args.latents_dir), part=(args.part_index, args.num_parts))
     captions = f", {spec.captions['count']} distinct captions ({spec.captions['content']})" if spec.captions else ""
     labels = f", {spec.labels['num_classes']} classes" if spec.labels else ""
     shape = " x ".join(map(str, spec.shape))

@@ -10,84 +10,24 @@ Image number i has seed SEED + i: the same picture, to rounding, whatever the ba
 import argparse
 from pathlib import Path
 
-from utils.errors import UserError
-from utils.parsing import (
-    fraction,
-    non_negative_float,
-    non_negative_int,
-    parse_with_config,
-    positive_float,
-    positive_int,
-    run_script,
-)
-
-SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "unipc", "flow_euler", "flow_heun")
+from utils import sample_args
+from utils.parsing import parse_with_config, positive_int, run_script
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default=None, help="A run's folder or a checkpoint. Default: the newest run below runs/."
-    )
-    parser.add_argument("--prompt", action="append", default=None, help="What to draw; may be repeated.")
-    parser.add_argument("--prompts_file", default=None, help="Text file with one prompt a line.")
-    parser.add_argument(
-        "--negative_prompt", default=None, help="What guidance leads away from, instead of from nothing."
-    )
-    parser.add_argument("--class_labels", nargs="+", type=non_negative_int, default=None, help="Default: every class.")
+    sample_args.add_request_args(parser)
+    sample_args.add_sampler_args(parser)
     parser.add_argument(
         "--num_images_per_prompt", type=positive_int, default=4, help="Images for each prompt or label."
     )
-    parser.add_argument(
-        "--guidance_scale",
-        type=non_negative_float,
-        default=None,
-        help="1 = off. Default: 7.5; 2 with --guide_model; off for an unconditional run without one.",
-    )
-    parser.add_argument(
-        "--guidance_interval",
-        nargs=2,
-        metavar=("START", "END"),
-        type=fraction,
-        default=[0.0, 1.0],
-        help="Shares of the timesteps, 0 = clean, 1 = noise, between which guidance is on. Default: always.",
-    )
-    parser.add_argument(
-        "--guidance_rescale",
-        type=fraction,
-        default=0.0,
-        help="How far the guided prediction's std goes back to the unguided one's; 0 = off, 1 = all the way.",
-    )
-    parser.add_argument(
-        "--guide_model",
-        default=None,
-        help="A weaker run, or an earlier checkpoint, that guidance leads away from (autoguidance).",
-    )
-    parser.add_argument("--num_inference_steps", type=positive_int, default=50, help="Steps of the sampler.")
-    parser.add_argument("--scheduler", choices=SCHEDULERS, default=None, help="Default: DDIM, or Euler for flow.")
-    parser.add_argument(
-        "--ema_sigma_rel",
-        type=positive_float,
-        default=None,
-        help="Sample EDM2's average of this relative width, made of the snapshots that --ema_sigma_rels kept.",
-    )
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="Seed of the first image.")
-    parser.add_argument("--batch_size", type=positive_int, default=16, help="Images made at once.")
-    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Autocast.")
-    parser.add_argument("--device", default=None, help="cuda, cpu, ... Default: cuda where there is one.")
     parser.add_argument("--output_dir", default=None, help="New or empty folder. Default: MODEL/sampled/NUMBER.")
     args = parse_with_config(parser)
-    if args.prompts_file and not Path(args.prompts_file).is_file():
-        raise UserError(f"--prompts_file: the file {args.prompts_file} does not exist")
-    if args.output_dir and Path(args.output_dir).is_file():
-        raise UserError(f"--output_dir: {args.output_dir} is a file; give a new folder")
-    if args.output_dir and Path(args.output_dir).is_dir() and any(Path(args.output_dir).iterdir()):
-        raise UserError(f"--output_dir: {args.output_dir} is not empty; give a new folder")
+    sample_args.check_request_args(args)
     return args
 
 
 def main(args: argparse.Namespace) -> None:
-    import torch
     from tqdm.auto import tqdm
 
     from utils import requests, sampling
@@ -119,14 +59,12 @@ def main(args: argparse.Namespace) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
 
     # Sample
-    dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
     images = []
     progress = tqdm(total=len(wanted), unit=" images")
-    for first, batch in sampling.batches(wanted, args.batch_size):
-        generators = sampling.image_generators(args.seed, first, len(batch))
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            request = requests.merge(batch) | settings
-            images += pipeline(**request, guide_model=guide, generator=generators).images
+    for batch in requests.sample(
+        pipeline, wanted, settings, args.seed, args.batch_size, args.mixed_precision, guide_model=guide
+    ):
+        images += batch
         progress.update(len(batch))
     progress.close()
 

@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from utils import build, optimization, run, vae_training
+    from utils import optimization, run, training_data, vae_training
     from utils.checkpoints import Checkpoints
     from utils.draws import SampleDraws
     from utils.ema import EMA
@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
     accelerator = run.make_accelerator(args, output_dir)
     run.check_output_dir(output_dir, args.resume_from_checkpoint, accelerator)
-    stream, data_identity = build.open_images(args)
+    stream, data_identity = training_data.open_images(args)
     vae = build_vae(args.vae_size, args.resolution)
 
     # Prepare

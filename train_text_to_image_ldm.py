@@ -37,6 +37,7 @@ def parse_args() -> argparse.Namespace:
     args = parse_with_config(parser)
     required(args, "output_dir")
     arg_checks.check_run_args(args)
+    arg_checks.check_codec_args(args)
     arg_checks.check_objective_args(args)
     arg_checks.check_routing_args(args)
     arg_checks.check_optimizer_args(args)
@@ -51,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from utils import build, export, optimization, run, validation
+    from utils import build, export, optimization, run, training_data, validation
     from utils.budget import training_flops
     from utils.checkpoints import Checkpoints
     from utils.conditions import encode_text
@@ -64,7 +65,7 @@ def main(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
     accelerator = run.make_accelerator(args, output_dir)
     run.check_output_dir(output_dir, args.resume_from_checkpoint, accelerator)
-    cache = build.open_cache(args, accelerator, output_dir)
+    cache = training_data.open_cache(args, accelerator, output_dir)
     objective, scheduler = build.build_objective(args, accelerator.device)
     frozen = export.load_frozen_parts(cache.spec, cache.normalisation, scheduler, with_text=True)
     denoiser = build.build_denoiser(args, cache, condition="text")
@@ -98,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
     denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
     model = accelerator.unwrap_model(denoiser)
     ema = EMA(model, args.ema_decay, args.ema_sigma_rels or ()) if args.use_ema else None
-    run_identity = run.identity_of(args, model, cache.spec.identity(), accelerator)
+    run_identity = run.identity_of(args, model, cache.identity(), accelerator)
     saver = Checkpoints(accelerator, output_dir, denoiser, optimizer, ema, run_identity, args.checkpoints_total_limit)
     first_step = saver.resume(args.resume_from_checkpoint)
     run.save_args(args, output_dir, accelerator)  # nothing was written until all was found to fit
@@ -107,7 +108,7 @@ def main(args: argparse.Namespace) -> None:
     if args.torch_compile:
         denoiser = torch.compile(denoiser)
     batches = iter(run.make_loader(LatentStream(cache, args.seed), args, accelerator, first_step))
-    run.announce(args, accelerator, model, len(cache), first_step)
+    run.announce(args, accelerator, model, cache.spec.num_rows, first_step)
     control = run.make_control(args, accelerator, output_dir, first_step)
     step_log = StepLog(accelerator, control, run.samples_per_step(args, accelerator), flops)
     progress = tqdm(

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, refused
 from helpers import ENVIRONMENT, SignalAt, contents, run, scalars, start
 from safetensors.torch import load_file
@@ -84,6 +85,19 @@ def test_killed_and_resumed_is_bit_identical(divided, flags, tmp_path):
     for path in sorted(divided.rglob("*.safetensors")):
         ours, theirs = load_file(folder / path.relative_to(divided)), load_file(path)
         assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_zero2_trains_the_same(divided, flags, tmp_path):
+    """Weights that stay whole from forward to backward (configs/accelerate/zero2.yaml) are the same weights."""
+    config, zero2 = (yaml.safe_load((CONFIG.parent / name).read_text()) for name in ("fsdp2.yaml", "zero2.yaml"))
+    assert config["fsdp_config"].pop("fsdp_reshard_after_forward") is True
+    assert zero2["fsdp_config"].pop("fsdp_reshard_after_forward") is False
+    assert zero2 == config
+    environment = FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}
+    run(SCRIPT, *flags, "--output_dir", tmp_path / "run", processes=2, environment=environment)
+    for tag in ("train/loss", "train/grad_norm"):
+        expected = list(scalars(divided, tag).values())
+        assert list(scalars(tmp_path / "run", tag).values()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_samples_come_from_it(divided, tmp_path):

@@ -45,6 +45,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "planning",
         "measuring",
         "build",
+        "training_data",
+        "row_source",
         "precompute",
         "validation",
         "export",
@@ -55,7 +57,10 @@ FLOORS: dict[int, tuple[str, ...]] = {
     ),
 }
 # The modules of `utils` that may take the parsed arguments: run set-up, and the one script that others run first.
-SEES_ARGS = ("args", "input_args", "plan_args", "arg_checks", "parsing", "build", "run", "precompute")
+SEES_ARGS = (
+    *("args", "input_args", "plan_args", "arg_checks", "parsing", "build", "training_data", "row_source", "run"),
+    "precompute",
+)
 
 MAX_LINES_OF_SCRIPT, MAX_LINES_OF_UTILS, MAX_NESTING = 250, 300, 5
 HEAVY = {"open_clip", "bitsandbytes", "xformers", "peft", "pymatgen", "anndata", "torchmetrics", "gradio"}

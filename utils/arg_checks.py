@@ -12,6 +12,17 @@ def check_condition_column(args: Namespace, name: str) -> None:
         raise UserError(f"--{name} is required with a dataset: name the column that holds the {name.split('_')[0]}s")
 
 
+def check_codec_args(args: Namespace) -> None:
+    """Settles what makes the latents: with --codec pixels nothing does."""
+    if args.codec == "vae":
+        return
+    vae = "pretrained_vae_model_name_or_path"
+    if vae in args.given and getattr(args, vae) != args.codec:  # args.yaml of a run names both
+        raise UserError(f"--codec {args.codec} with --{vae}: images without a VAE need none; leave one out")
+    setattr(args, vae, args.codec)
+    args.given.add(vae)
+
+
 DEFAULT_TRAIN_STEPS = 100_000
 MAX_SIGMA_REL = 12**-0.5  # the plain mean of all weights
 

@@ -10,6 +10,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from utils.errors import UserError
+from utils.files import read_json
+from utils.models.pixel_codec import PixelCodec
+
+PIXELS = "pixels"  # the name of the codec that changes nothing, where otherwise a VAE is named
 
 
 def component_path(name_or_path: str, component: str) -> str:
@@ -41,11 +45,20 @@ def load_component(load, name_or_path: str, component: str, flag: str):
         raise UserError(f"{flag}: cannot load a {component} from {name_or_path}: {reason}") from error
 
 
+def load_autoencoder(path: str) -> ModelMixin:
+    """An autoencoder of diffusers, or our PixelCodec, from where its config.json lies."""
+    config = Path(path) / "config.json"
+    is_pixels = config.is_file() and read_json(config).get("_class_name") == PixelCodec.__name__
+    return (PixelCodec if is_pixels else AutoModel).from_pretrained(path)
+
+
 def load_vae(name_or_path: str) -> ModelMixin:
-    """Any autoencoder of diffusers by hub name or folder (itself, or with a `vae/` inside), in evaluation mode,
-    fp32.
+    """Any autoencoder of diffusers by hub name or folder (itself, or with a `vae/` inside), or the codec of PIXELS, in
+    evaluation mode, fp32.
     """
-    vae = load_component(AutoModel.from_pretrained, name_or_path, "vae", "--pretrained_vae_model_name_or_path")
+    if name_or_path == PIXELS:
+        return PixelCodec().eval()
+    vae = load_component(load_autoencoder, name_or_path, "vae", "--pretrained_vae_model_name_or_path")
     if not hasattr(vae, "encode") or not hasattr(vae, "decode"):
         raise UserError(
             f"--pretrained_vae_model_name_or_path: {name_or_path} holds a {type(vae).__name__}, which has no encode "

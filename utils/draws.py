@@ -7,6 +7,7 @@ numbers are the same however the stream is cut into micro-batches and processes.
 """
 
 import zlib
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -113,6 +114,24 @@ class PositionBatches(torch.utils.data.Sampler):
             start = (micro_batch * self.num_processes + self.process_index) * self.batch_size
             yield list(range(start, start + self.batch_size))
             micro_batch += 1
+
+
+@dataclass(frozen=True)
+class PartReader:
+    """One process among those that train, and its place among the readers of its part."""
+
+    batch_size: int  # of a micro-batch of one process
+    process_index: int
+    num_processes: int
+    reader: int
+    num_readers: int  # of this part
+
+    def positions_in_part(self, positions: np.ndarray) -> np.ndarray:
+        """Positions (B,) of this process in the stream of all -> positions in the endless stream of its part."""
+        slots, places = np.divmod(positions, self.batch_size)
+        micro_batches, processes = np.divmod(slots, self.num_processes)
+        assert (processes == self.process_index).all()
+        return (micro_batches * self.num_readers + self.reader) * self.batch_size + places
 
 
 def identity(batch):

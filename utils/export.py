@@ -22,7 +22,7 @@ from utils.ema import EMA_FILE, reconstruct
 from utils.errors import UserError
 from utils.files import read_json, write_json, write_text
 from utils.latent_cache import LatentSpec
-from utils.models import dit
+from utils.models import dit, pixel_codec
 from utils.models.denoiser import ConditionalDenoiser
 from utils.pipelines import LatentDiffusionPipeline
 from utils.sampling import SAMPLERS, is_flow, sampling_scheduler
@@ -150,6 +150,9 @@ def export_run(output_dir: Path, denoiser: ConditionalDenoiser, parts: FrozenPar
         # Not as dit.py: diffusers would look for the class in its own pipeline of that name.
         shutil.copy(str(dit.__file__), output_dir / name / "latent_dit.py")
         index[name] = ["latent_dit", "DiT"]
+    if isinstance(parts.vae, pixel_codec.PixelCodec):
+        shutil.copy(str(pixel_codec.__file__), output_dir / "vae" / "pixel_codec.py")
+        index["vae"] = ["pixel_codec", "PixelCodec"]
     write_json(output_dir / "model_index.json", index)
 
 

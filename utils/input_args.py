@@ -63,6 +63,12 @@ def add_cache_args(parser: ArgumentParser) -> None:
     """The frozen models and what is stored of what they give."""
     group = parser.add_argument_group("latent cache")
     group.add_argument(
+        "--codec",
+        choices=["vae", "pixels"],
+        default="vae",
+        help="pixels: train on the images themselves, without a VAE, to see what the latent space costs and gives.",
+    )
+    group.add_argument(
         "--pretrained_vae_model_name_or_path",
         default="stabilityai/sd-vae-ft-mse",
         help="Any diffusers autoencoder: hub name or folder.",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from utils.codecs import Normalisation
-from utils.draws import SampleDraws, StreamOrder, uniform_draws
+from utils.draws import PartReader, SampleDraws, StreamOrder, uniform_draws
 from utils.errors import UserError
 from utils.files import read_json, sha256_file, sha256_json
 
@@ -163,6 +163,13 @@ class LatentCache:
         self.class_labels = table.data.column("label").to_numpy() if self.spec.labels else None
         if self.spec.captions:
             self._open_captions(table, Path(cache_dir) / "captions")
+        self.num_rows = len(table)  # here; `spec.num_rows` counts all parts
+        self.reader: PartReader | None = None
+
+    def join_parts(self, whole: LatentSpec, normalisation: str, reader: PartReader) -> None:
+        """Makes this one part of the cache that `whole` describes, of which `reader` says who else reads."""
+        self.spec, self.reader = whole, reader
+        self.normalisation = Normalisation(**{k: tuple(v) for k, v in whole.normalisation[normalisation].items()})
 
     def _open_captions(self, table: datasets.Dataset, folder: Path) -> None:
         assert self.spec.captions is not None
@@ -179,7 +186,13 @@ class LatentCache:
         self.caption_states = RowGatherer(captions, self.caption_content, tuple(self.spec.captions["shape"]))
 
     def __len__(self) -> int:
-        return self.spec.num_rows
+        return self.num_rows
+
+    def identity(self) -> str:
+        """What a checkpoint remembers of the data: a hash of the fingerprint, and how parts are read."""
+        if self.reader is None:
+            return self.spec.identity()
+        return f"{self.spec.identity()}, in parts, by {self.reader.num_processes} x {self.reader.batch_size}"
 
     def gather(
         self, rows: np.ndarray, flip: np.ndarray | None = None, caption_draw: np.ndarray | None = None
@@ -234,7 +247,8 @@ class LatentStream(torch.utils.data.Dataset):
         """The batch at `positions`, with the positions in it."""
         where = np.asarray(positions, dtype=np.int64)
         flip = uniform_draws(self.seed, "flip", where) < 0.5
-        batch = self.cache.gather(self.order.rows(where), flip, uniform_draws(self.seed, "caption", where))
+        own = where if self.cache.reader is None else self.cache.reader.positions_in_part(where)
+        batch = self.cache.gather(self.order.rows(own), flip, uniform_draws(self.seed, "caption", where))
         return batch | {"positions": torch.from_numpy(where)}
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:

@@ -78,6 +78,8 @@ def check_plan_args(args: Namespace) -> None:
     for name in OF_CACHE:
         if args.latents_dir and name in args.typed:
             raise UserError(f"--{name} with --latents_dir: the cache has its own; leave one out")
+    if args.codec == "pixels":
+        args.latent_channels, args.vae_factor = 3, 1
     if args.memory_margin == 1:
         raise UserError("--memory_margin 1: that leaves no memory for training; 0.1 is usual")
     if not args.latents_dir and args.resolution % args.vae_factor:

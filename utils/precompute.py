@@ -4,7 +4,6 @@ cache.
 
 import logging
 from argparse import Namespace
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,57 +23,15 @@ from utils.cache_writer import (
     latent_features,
     write_skipped,
 )
-from utils.data_images import BACKGROUNDS, Framing, ImageColumns, resolve_columns, undecoded
+from utils.data_images import BACKGROUNDS, Framing, ImageColumns
 from utils.errors import UserError
 from utils.files import read_json, write_json
-from utils.image_sources import dataset_identity, open_image_dataset
 from utils.latent_cache import SPEC_FILE, LatentSpec, check_fingerprint
+from utils.row_source import Source
 from utils.text_encoders import load_text_encoder
 
 logger = logging.getLogger(__name__)
 PLAN_FILE = "plan.json"  # the fingerprint of a cache that is being written
-
-
-class Source:
-    """The rows of a dataset in chunks of consecutive rows; a row is a dict with the image still encoded."""
-
-    def __init__(self, args: Namespace):
-        self.max_samples, self.rows_per_shard = args.max_samples, args.rows_per_shard
-        where = (args.dataset_name, args.dataset_config_name, args.train_data_dir)
-        dataset = open_image_dataset(
-            *where, split=args.dataset_split, revision=args.dataset_revision, streaming=args.streaming
-        )
-        self.columns: ImageColumns = resolve_columns(
-            dataset, args.image_column, args.caption_column, args.label_column
-        )
-        self.identity = dataset_identity(dataset, *where, args.dataset_split, args.dataset_revision)
-        wanted = [self.columns.image, self.columns.caption, self.columns.label]
-        dataset = dataset.select_columns([name for name in dict.fromkeys(wanted) if name])
-        self.dataset: Any = undecoded(dataset, self.columns.image)
-        self.num_rows = None if args.streaming else min(len(self.dataset), args.max_samples or len(self.dataset))
-
-    def chunks(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """(index, rows) of every chunk for which `wanted(index)`. A stream is read through, but decoded only where
-        wanted.
-        """
-        if self.num_rows is None:
-            yield from self._streamed_chunks(wanted)
-            return
-        for index in filter(wanted, range(-(-self.num_rows // self.rows_per_shard))):
-            first = index * self.rows_per_shard
-            columns = self.dataset[first : min(first + self.rows_per_shard, self.num_rows)]
-            yield index, [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-    def _streamed_chunks(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        index, rows = 0, []
-        for row in self.dataset if self.max_samples is None else self.dataset.take(self.max_samples):
-            rows.append(row)
-            if len(rows) == self.rows_per_shard:
-                if wanted(index):
-                    yield index, rows
-                index, rows = index + 1, []
-        if rows and wanted(index):
-            yield index, rows
 
 
 @dataclass
@@ -125,17 +82,19 @@ def fingerprint_of(args: Namespace, source: Source, encoders: Encoders) -> dict[
         "max_samples": args.max_samples,
         "content": encoders.content,
         "dtype": "float16",
-    }
+    } | source.part()
 
 
-def build_latent_cache(args: Namespace, accelerator: Accelerator, cache_dir: Path) -> LatentSpec:
-    """Makes the cache that `args` ask for, goes on with an unfinished one, or finds it finished; every process calls
-    this.
+def build_latent_cache(
+    args: Namespace, accelerator: Accelerator, cache_dir: Path, part: tuple[int, int] = (0, 1)
+) -> LatentSpec:
+    """Makes the cache that `args` ask for, or the `part` (index, count) of it, goes on with an unfinished one, or
+    finds it finished; every process calls this.
 
     Raises UserError for bad input, for a folder with another cache or with something else in it, and when more than
     `args.max_skipped_fraction` of the images are unreadable.
     """
-    source = Source(args)
+    source = Source(args, part)
     encoders = load_encoders(args, has_captions=source.columns.caption is not None)
     fingerprint = fingerprint_of(args, source, encoders)
     if (cache_dir / SPEC_FILE).is_file():
@@ -150,7 +109,7 @@ def build_latent_cache(args: Namespace, accelerator: Accelerator, cache_dir: Pat
     latents = write_latents(args, accelerator, cache_dir, source, encoders)
     accelerator.wait_for_everyone()
     check_skipped(
-        args.max_skipped_fraction, cache_dir, latents.manifests(), source.num_rows, accelerator.is_main_process
+        args.max_skipped_fraction, cache_dir, latents.manifests(), source.num_part_rows(), accelerator.is_main_process
     )
     captions = None
     if encoders.text_encoder is not None:
@@ -191,15 +150,16 @@ def write_latents(
     if done:
         logger.info("going on with %s: %d images are done", cache_dir, done)
     num_skipped = 0
-    share = source.num_rows and -(-source.num_rows // world)  # each process writes about as many
+    num_rows = source.num_part_rows()
+    share = num_rows and -(-num_rows // world)  # each process writes about as many
     name = "latents" if world == 1 else f"latents, process 1 of {world}"
     bar = tqdm(total=share, initial=done // world, unit=" images", desc=name, disable=rank > 0)
     with ThreadPoolExecutor(args.decode_workers) as pool, bar as progress:
         for index, rows in source.chunks(lambda i: i % world == rank and not shards.is_done(i)):
             shard = Shard(encoder, shape, columns)
-            shards.write(index, *read_shard(rows, index * args.rows_per_shard, reader, shard, pool, progress))
+            shards.write(index, *read_shard(rows, source.first_row(index), reader, shard, pool, progress))
             num_skipped += len(shard.skipped)
-            if source.num_rows and num_skipped > args.max_skipped_fraction * source.num_rows:
+            if num_rows and num_skipped > args.max_skipped_fraction * num_rows:
                 break  # nothing that follows can mend it; `check_skipped` will say so
     return shards
 

@@ -3,9 +3,11 @@ images.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from PIL import Image
@@ -16,7 +18,7 @@ from utils.files import write_text
 from utils.guidance import check_guidance, guidance_scales
 from utils.models.denoiser import ConditionalDenoiser
 from utils.pipelines import LatentDiffusionPipeline
-from utils.sampling import is_flow, save_png
+from utils.sampling import batches, image_generators, is_flow, save_png
 
 
 def newest_run(folder: Path) -> Path:
@@ -185,6 +187,33 @@ def guidance_settings(
         "guidance_rescale": guidance_rescale,
         "num_inference_steps": num_inference_steps,
     }
+
+
+def sample(
+    pipeline: LatentDiffusionPipeline,
+    wanted: list[dict[str, Any]],
+    settings: dict[str, Any],
+    seed: int,
+    batch_size: int,
+    mixed_precision: str,
+    guide_model: ConditionalDenoiser | None = None,
+) -> Iterator[list[Image.Image]]:
+    """Images for the requests, a batch at a time; number i has seed `seed` + i. Raises UserError where the run gives
+    values that are not finite.
+    """
+    dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
+    for first, batch in batches(wanted, batch_size):
+        generators = image_generators(seed, first, len(batch))
+        with torch.autocast(pipeline.device.type, dtype=dtype, enabled=dtype is not None):
+            arguments = merge(batch) | settings
+            images = pipeline(**arguments, guide_model=guide_model, generator=generators, output_type="np").images
+        faulty = [first + i for i, image in enumerate(images) if not np.isfinite(image).all()]
+        if faulty:
+            raise UserError(
+                f"--model: image {faulty[0]} holds NaN or infinite values; try --mixed_precision no or a lower "
+                "--guidance_scale, and if that does not help an earlier checkpoint: the weights are damaged"
+            )
+        yield pipeline.image_processor.numpy_to_pil(images)  # (B, H, W, 3) in [0, 1]
 
 
 def merge(batch: Any) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def join_fsdp(accelerator: Accelerator) -> None:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise UserError(
             "distributed_type DEEPSPEED in accelerate's configuration: its engine moves the weights before a step "
-            "that is not finite could be kept from them; use configs/accelerate/fsdp2.yaml"
+            "that is not finite could be kept from them; use configs/accelerate/zero2.yaml, which divides the same"
         )
     if accelerator.distributed_type == DistributedType.FSDP:
         if not accelerator.is_fsdp2:

@@ -5,7 +5,7 @@ CLIPTextModel.
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from utils.codecs import load_component
@@ -44,27 +44,28 @@ def check_tokenizer(tokenizer: CLIPTokenizer, max_positions: int, vocab_size: in
         )
 
 
-def import_open_clip():
+def import_open_clip(flag: str):
     """open_clip, or a line that says how to install it."""
+    what = "--text_encoder_library open_clip" if flag == FLAG else f"{flag} open_clip"
     try:
         import open_clip
     except ImportError as error:
-        raise UserError(
-            "--text_encoder_library open_clip needs the package open_clip_torch: pip install open_clip_torch"
-        ) from error
+        raise UserError(f"{what} needs the package open_clip_torch: pip install open_clip_torch") from error
     return open_clip
 
 
-def load_with_open_clip(name_or_path: str, tokenizer_name: str | None) -> tuple[CLIPTokenizer, CLIPTextModel]:
-    """The same as `load_text_encoder`, through open_clip_torch."""
-    open_clip = import_open_clip()
+def load_open_clip_model(name_or_path: str, flag: str) -> tuple[nn.Module, str]:
+    """A whole CLIP of open_clip_torch, fp32 on the CPU, and the name that open_clip knows it by: of a hub name, of
+    "ARCHITECTURE:FILE", or of a folder with `open_clip_config.json`. Raises UserError, which names the flag.
+    """
+    open_clip = import_open_clip(flag)
     architecture, _, checkpoint = name_or_path.partition(":")
     if checkpoint:
         if not Path(checkpoint).is_file():
-            raise UserError(f"{FLAG}: the open_clip checkpoint {checkpoint} does not exist")
+            raise UserError(f"{flag}: the open_clip checkpoint {checkpoint} does not exist")
         if architecture not in open_clip.list_models():
             raise UserError(
-                f"{FLAG}: open_clip has no architecture {architecture}; open_clip.list_models() names those it has"
+                f"{flag}: open_clip has no architecture {architecture}; open_clip.list_models() names those it has"
             )
         source = {"model_name": architecture, "pretrained": checkpoint}
     else:
@@ -73,9 +74,15 @@ def load_with_open_clip(name_or_path: str, tokenizer_name: str | None) -> tuple[
     model = load_component(
         lambda _: open_clip.create_model(**source, precision="fp32", device="cpu"),
         checkpoint or name_or_path,
-        "text_encoder",
-        FLAG,
+        "text_encoder" if flag == FLAG else "CLIP model",
+        flag,
     )
+    return model, source["model_name"]
+
+
+def load_with_open_clip(name_or_path: str, tokenizer_name: str | None) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """The same as `load_text_encoder`, through open_clip_torch."""
+    model, _ = load_open_clip_model(name_or_path, FLAG)
     text_encoder = text_model_from_open_clip(model)
     tokenizer = load_open_clip_tokenizer(tokenizer_name or name_or_path, bool(tokenizer_name))
     check_tokenizer(tokenizer, text_encoder.config.max_position_embeddings, text_encoder.config.vocab_size, FLAG)
