@@ -27,6 +27,7 @@ def parse_args() -> argparse.Namespace:
     shared.add_optimizer_args(parser)
     shared.add_ema_args(parser)
     shared.add_power_ema_args(parser)
+    shared.add_evaluation_args(parser)
     shared.add_validation_args(parser, "prompts or labels")
     input_args.add_dataset_args(parser)
     input_args.add_condition_args(parser)
@@ -40,6 +41,7 @@ def parse_args() -> argparse.Namespace:
     arg_checks.check_optimizer_args(args)
     arg_checks.check_ema_args(args)
     arg_checks.check_power_ema_args(args)
+    arg_checks.check_evaluation_args(args)
     args.given -= {*plan_flags, *plan_args.PLANNED, "config"}  # what goes into the plan's file as it is
     return args
 
@@ -165,17 +167,20 @@ def main(args: argparse.Namespace) -> None:
     grid = measuring.guided_batch(cache, args.num_validation_images, args.validation_guidance_scale, device)
     with torch.no_grad(), accelerator.autocast():
         denoise_seconds = measuring.seconds_of(lambda: model(*grid), device)
+        settings = (args.eval_batch_size, args.validation_inference_steps, args.eval_guidance_scale, device)
+        evaluation = measuring.evaluation_seconds(model, cache, *plan_args.evaluated(args), *settings)
     rows = plan_args.validation_rows(args, spec.labels["num_classes"] if spec.labels else 0)
     precompute = precompute_seconds(args, accelerator) if args.measure_precompute else 0.0
     overheads = planning.Overheads(
         once=startup + precompute + write_seconds,  # the export writes a little less than a checkpoint
         checkpoint=write_seconds,
         validation=rows * args.validation_inference_steps * denoise_seconds,
+        evaluation=evaluation,
     )
     step_seconds = pace.step_seconds(micro_steps)
     args.train_batch_size, args.gradient_accumulation_steps, args.max_train_hours = batch_size, micro_steps, args.hours
     args.max_train_steps = planning.planned_steps(
-        args.hours, step_seconds, overheads, args.checkpointing_steps, args.validation_steps
+        args.hours, step_seconds, overheads, args.checkpointing_steps, args.validation_steps, args.eval_steps
     )
     num_text_tokens = spec.captions["shape"][0] if condition == "text" else 0
     flops = budget.training_flops(model, spec.shape, num_text_tokens, args.tread_ratio)
@@ -192,7 +197,7 @@ def main(args: argparse.Namespace) -> None:
         f"speed: {samples / step_seconds:.4g} samples/s, {step_seconds:.4g} s a step ({stages})",
         f"MFU: {mfu:.1%} of {peak.flops / 1e12:.4g} TFLOP/s ({peak.source})",
         f"not training: start, precompute and export {overheads.once:.1f} s, each checkpoint {write_seconds:.1f} s, "
-        f"each validation {overheads.validation:.1f} s (without the VAE)",
+        f"each validation {overheads.validation:.1f} s, each evaluation {evaluation:.1f} s (without the VAE)",
         f"plan: {args.max_train_steps} steps of {args.hours:g} h, {args.max_train_steps * samples} samples, "
         f"{args.max_train_steps * step_seconds / 36 / args.hours:.1f} % of the time in training steps",
         f"schedule: {args.lr_scheduler} after a warm-up of {args.lr_warmup_steps / args.max_train_steps:.2%} of "

@@ -8,37 +8,25 @@ give OUTPUT_DIR to precompute_latents.py as --pretrained_vae_model_name_or_path.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
-from utils import arg_checks, input_args
+from utils import arg_checks, input_args, vae_args
 from utils import args as shared
-from utils.parsing import non_negative_float, parse_with_config, positive_int, required, run_script
+from utils.parsing import parse_with_config, required, run_script
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--vae_size",
-        choices=["fast", "small", "base"],
+        choices=["fast", "small", "base", "sd"],
         default="small",
-        help="fast and small: 4 x downsampling, base: 8 x; all 4 latent channels.",
+        help="fast, small: 4 x downsampling; base, sd (84M, Stable Diffusion's): 8 x; all 4 latent channels.",
     )
-    parser.add_argument("--reconstruction_loss", choices=["l1", "mse"], default="l1", help="Error per pixel value.")
-    parser.add_argument(
-        "--kl_weight",
-        type=non_negative_float,
-        default=1e-4,
-        help="Weight of the KL divergence per latent value, in nats.",
-    )
-    parser.add_argument(
-        "--num_statistics_samples",
-        type=positive_int,
-        default=10_000,
-        help="Images that scaling and shift are measured on.",
-    )
-    parser.add_argument(
-        "--validation_steps", type=positive_int, default=1000, help="Steps between reconstruction grids."
-    )
+    vae_args.add_vae_loss_args(parser)
+    vae_args.add_discriminator_args(parser)
+    vae_args.add_vae_validation_args(parser)
     shared.add_run_args(parser)
     shared.add_optimizer_args(parser)
     shared.add_ema_args(parser)
@@ -48,6 +36,7 @@ def parse_args() -> argparse.Namespace:
     arg_checks.check_run_args(args)
     arg_checks.check_optimizer_args(args)
     arg_checks.check_ema_args(args)
+    vae_args.check_vae_args(args)
     return args
 
 
@@ -60,18 +49,26 @@ def main(args: argparse.Namespace) -> None:
     from utils.draws import SampleDraws
     from utils.ema import EMA
     from utils.image_stream import to_pixels
-    from utils.models.image_vae import RECONSTRUCTION_LOSSES, TrainableVAE, build_vae
+    from utils.models.discriminator import ADAM_BETAS, Adversary, build_discriminator
+    from utils.models.image_vae import TrainableVAE, build_vae
+    from utils.perceptual import load_lpips
     from utils.step_log import StepLog
+    from utils.vae_losses import FitLoss, discriminator_losses, generator_loss, kl_weight_at
 
     # Load
     output_dir = Path(args.output_dir)
     accelerator = run.make_accelerator(args, output_dir)
+    vae_args.check_precision(args, accelerator.mixed_precision)
     run.check_output_dir(output_dir, args.resume_from_checkpoint, accelerator)
-    stream, data_identity = training_data.open_images(args)
-    vae = build_vae(args.vae_size, args.resolution)
+    data = training_data.open_images(args)
+    lpips = load_lpips(args.lpips_net, args.lpips_weights, accelerator.device) if args.lpips_weight else None
+    fit = FitLoss(args.reconstruction_loss, args.gradient_weight, args.lpips_weight, lpips)
+    validation = vae_training.Validation(
+        accelerator, output_dir, data.validation, data.train, args.train_batch_size, args.eval_features
+    )
 
     # Prepare
-    autoencoder = TrainableVAE(vae)
+    autoencoder = TrainableVAE(build_vae(args.vae_size, args.resolution))
     optimizer = optimization.make_optimizer(
         autoencoder,
         args.learning_rate,
@@ -82,17 +79,26 @@ def main(args: argparse.Namespace) -> None:
     )
     autoencoder, optimizer = accelerator.prepare(autoencoder, optimizer)
     model = accelerator.unwrap_model(autoencoder)
+    has_adversary = args.disc_start is not None
+    if has_adversary:
+        adversary = Adversary(build_discriminator(args.disc_num_layers, args.disc_channels, args.resolution))
+        disc_optimizer = optimization.make_optimizer(
+            adversary, args.learning_rate, ADAM_BETAS, args.adam_weight_decay, args.adam_epsilon
+        )
+        adversary, disc_optimizer = accelerator.prepare(adversary, disc_optimizer)  # so checkpoints hold them too
+        critic = accelerator.unwrap_model(adversary)
     ema = EMA(model, args.ema_decay) if args.use_ema else None
-    run_identity = run.identity_of(args, model, data_identity, accelerator)
+    run_identity = run.identity_of(args, model, data.identity, accelerator)
+    run_identity["discriminator"] = [args.disc_num_layers, args.disc_channels] if has_adversary else None
     saver = Checkpoints(
         accelerator, output_dir, autoencoder, optimizer, ema, run_identity, args.checkpoints_total_limit
     )
     first_step = saver.resume(args.resume_from_checkpoint)
     run.save_args(args, output_dir, accelerator)
     if args.torch_compile:
-        autoencoder = torch.compile(autoencoder)
-    batches = iter(run.make_loader(stream, args, accelerator, first_step))
-    run.announce(args, accelerator, model, stream.order.num_rows, first_step)
+        model.compile_parts()
+    batches = iter(run.make_loader(data.train, args, accelerator, first_step))
+    run.announce(args, accelerator, model, data.train.order.num_rows, first_step)
     control = run.make_control(args, accelerator, output_dir, first_step)
     step_log = StepLog(accelerator, control, run.samples_per_step(args, accelerator))
     progress = tqdm(
@@ -111,23 +117,53 @@ def main(args: argparse.Namespace) -> None:
             control.time_share,
         )
         optimization.set_learning_rate(optimizer, learning_rate)
+        kl_weight = kl_weight_at(global_step, args.kl_weight, args.kl_warmup_steps)
+        is_adversarial = has_adversary and global_step >= args.disc_start
+        if is_adversarial:
+            optimization.set_learning_rate(disc_optimizer, learning_rate)
         for _ in range(args.gradient_accumulation_steps):
             batch = run.to_device(next(batches), accelerator.device)
             draws = SampleDraws(args.seed, batch["positions"], accelerator.device)
-            with accelerator.accumulate(autoencoder):
+            with accelerator.accumulate(autoencoder, *([adversary] if is_adversarial else [])):
                 images = to_pixels(batch["images"])  # (B, 3, H, W) in [-1, 1]
                 noise = draws.normal("posterior", model.latent_shape(images))  # (B, C, h, w)
                 reconstruction, kl = autoencoder(images, noise)
-                reconstruction_loss = RECONSTRUCTION_LOSSES[args.reconstruction_loss](reconstruction.float(), images)
-                loss = reconstruction_loss + args.kl_weight * kl.mean()
+                with accelerator.autocast():
+                    fit_loss, terms = fit(reconstruction.float(), images)
+                terms["kl"] = kl.mean()
+                loss = fit_loss + kl_weight * terms["kl"]
+                if is_adversarial:
+                    critic.requires_grad_(False)  # what it says of a reconstruction moves the autoencoder, not itself
+                    terms["generator_loss"] = generator_loss(critic(reconstruction))
+                    critic.requires_grad_(True)
+                    critic.measure(fit_loss, terms["generator_loss"], model.last_layer)
+                    loss = loss + args.disc_weight * critic.adaptive_weight * terms["generator_loss"]
+                    terms["adaptive_weight"] = critic.adaptive_weight
                 accelerator.backward(loss)
-                step_log.add(loss)
+                if is_adversarial:
+                    logits = adversary(torch.cat([images, reconstruction.detach()]))  # one pass: one sync under DDP
+                    real_loss, fake_loss = discriminator_losses(*logits.chunk(2))
+                    disc_loss = (real_loss + fake_loss) / 2
+                    accelerator.backward(disc_loss)
+                    terms |= {"disc_loss_real": real_loss, "disc_loss_fake": fake_loss}
+                step_log.add(loss, **terms)
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(autoencoder.parameters(), args.max_grad_norm)
-                    moved = control.may_step(step_log.step_loss, grad_norm)
+                    to_be_finite = step_log.step_loss
+                    if is_adversarial:
+                        to_be_finite = to_be_finite + accelerator.clip_grad_norm_(
+                            adversary.parameters(), args.max_grad_norm
+                        )
+                    moved = control.may_step(to_be_finite, grad_norm)
                     if moved or accelerator.scaler is not None:  # the scaler of fp16 skips, and must know that it did
                         optimizer.step()
                     optimizer.zero_grad()
+                    if is_adversarial and moved:
+                        disc_optimizer.step()
+                        critic.rebalance(partial(accelerator.reduce, reduction="mean"))
+                    if is_adversarial:
+                        disc_optimizer.zero_grad()
+                        critic.gradients.clear()
         if ema is not None and moved:
             ema.step(model, global_step)
         progress.update()
@@ -140,7 +176,7 @@ def main(args: argparse.Namespace) -> None:
             saver.save(done)
         if done % args.validation_steps == 0 or control.is_finished:
             with run.averaged_weights(accelerator, model, ema):
-                vae_training.save_reconstructions(accelerator, output_dir, model, stream, done)
+                validation.run(model, done)
     progress.close()
     control.say_how_it_ended()
 
@@ -148,8 +184,10 @@ def main(args: argparse.Namespace) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not control.interrupted:
         with run.averaged_weights(accelerator, model, ema):
-            vae_training.measure_latents(model.vae, stream, args.num_statistics_samples, accelerator)
-            model.vae.save_pretrained(output_dir / "vae")
+            statistics = vae_training.measure_latents(
+                model.vae, data.train, args.num_statistics_samples, args.train_batch_size, accelerator.device
+            )
+            vae_training.save_vae(model.vae, statistics, output_dir / "vae")
     accelerator.end_training()
 
 

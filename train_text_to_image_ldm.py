@@ -30,6 +30,7 @@ def parse_args() -> argparse.Namespace:
     shared.add_optimizer_args(parser)
     shared.add_ema_args(parser)
     shared.add_power_ema_args(parser)
+    shared.add_evaluation_args(parser)
     shared.add_validation_args(parser, "prompts")
     input_args.add_dataset_args(parser)
     input_args.add_condition_args(parser)
@@ -43,6 +44,7 @@ def parse_args() -> argparse.Namespace:
     arg_checks.check_optimizer_args(args)
     arg_checks.check_ema_args(args)
     arg_checks.check_power_ema_args(args)
+    arg_checks.check_evaluation_args(args)
     arg_checks.check_condition_column(args, "caption_column")
     arg_checks.check_validation_args(args)
     return args
@@ -52,12 +54,13 @@ def main(args: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from utils import build, export, optimization, run, training_data, validation
+    from utils import build, evaluation, export, optimization, run, training_data, validation
     from utils.budget import training_flops
     from utils.checkpoints import Checkpoints
     from utils.conditions import encode_text
     from utils.draws import SampleDraws
     from utils.ema import EMA
+    from utils.features import load_features
     from utils.latent_cache import LatentStream
     from utils.step_log import StepLog
 
@@ -68,7 +71,8 @@ def main(args: argparse.Namespace) -> None:
     cache = training_data.open_cache(args, accelerator, output_dir)
     objective, scheduler = build.build_objective(args, accelerator.device)
     frozen = export.load_frozen_parts(cache.spec, cache.normalisation, scheduler, with_text=True)
-    denoiser = build.build_denoiser(args, cache, condition="text")
+    condition = "text"
+    denoiser = build.build_denoiser(args, cache, condition)
     encodes_in_loop = cache.caption_content == "input_ids"
     if encodes_in_loop:
         frozen.text_encoder.to(accelerator.device)
@@ -84,6 +88,28 @@ def main(args: argparse.Namespace) -> None:
         args.validation_guidance_scale,
         args.validation_inference_steps,
     )
+    held_out = training_data.open_held_out(args, cache)
+    num_rows = cache.spec.num_rows - (args.num_validation_samples or 0)  # that are trained on
+    sample_distance = None
+    if held_out is not None and args.eval_features:
+        sample_distance = validation.SampleDistance(
+            accelerator,
+            frozen,
+            held_out,
+            load_features(args.eval_features, accelerator.device, "--eval_features"),
+            args.eval_metric,
+            args.num_eval_images,
+            condition,
+            args.eval_guidance_scale,
+            args.validation_inference_steps,
+            args.eval_batch_size,
+        )
+
+    def write_model(folder: Path, weights, num_steps: int) -> None:
+        settings = (args.prediction_type, num_steps, args.train_batch_size, args.use_ema)
+        card = export.model_card(cache.spec, num_rows, *settings)
+        export.save_frozen_parts(folder, weights, frozen)
+        export.export_run(folder, weights, frozen, card)
 
     # Prepare
     optimizer = optimization.make_optimizer(
@@ -102,14 +128,33 @@ def main(args: argparse.Namespace) -> None:
     run_identity = run.identity_of(args, model, cache.identity(), accelerator)
     saver = Checkpoints(accelerator, output_dir, denoiser, optimizer, ema, run_identity, args.checkpoints_total_limit)
     first_step = saver.resume(args.resume_from_checkpoint)
+    evaluator = None
+    if held_out is not None:
+        evaluator = evaluation.Evaluator(
+            accelerator,
+            output_dir,
+            held_out,
+            objective,
+            write_model,
+            first_step,
+            args.eval_batch_size,
+            args.best_metric,
+            args.early_stopping_patience,
+            args.early_stopping_min_delta,
+            sample_distance,
+            frozen.text_encoder,
+        )
     run.save_args(args, output_dir, accelerator)  # nothing was written until all was found to fit
     if accelerator.is_main_process:
         export.save_frozen_parts(output_dir, model, frozen)
     if args.torch_compile:
         denoiser = torch.compile(denoiser)
-    batches = iter(run.make_loader(LatentStream(cache, args.seed), args, accelerator, first_step))
-    run.announce(args, accelerator, model, cache.spec.num_rows, first_step)
+    stream = LatentStream(cache, args.seed, None if held_out is None else held_out.training_rows)
+    batches = iter(run.make_loader(stream, args, accelerator, first_step))
+    run.announce(args, accelerator, model, num_rows, first_step)
     control = run.make_control(args, accelerator, output_dir, first_step)
+    if evaluator is not None:
+        control.end_early(evaluator.reason_to_end)  # which a run that went on may have reached already
     step_log = StepLog(accelerator, control, run.samples_per_step(args, accelerator), flops)
     progress = tqdm(
         total=args.max_train_steps, initial=first_step, unit="step", disable=not accelerator.is_main_process
@@ -157,6 +202,10 @@ def main(args: argparse.Namespace) -> None:
 
         done = global_step + 1
         step_log.step_done(moved, args.gradient_accumulation_steps)
+        if evaluator is not None and (done % args.eval_steps == 0 or control.is_finished):
+            with run.averaged_weights(accelerator, model, ema) as averaged:
+                evaluator.evaluate(averaged, done)
+            control.end_early(evaluator.reason_to_end)
         if done % args.logging_steps == 0 or control.is_last:
             progress.set_postfix(step_log.flush(learning_rate, done))
         if done % args.checkpointing_steps == 0 or control.is_last:
@@ -173,10 +222,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator.wait_for_everyone()
     with run.averaged_weights(accelerator, model, ema) as averaged:
         if accelerator.is_main_process and not control.interrupted:
-            card = export.model_card(
-                cache.spec, args.prediction_type, control.steps_done, args.train_batch_size, args.use_ema
-            )
-            export.export_run(output_dir, averaged, frozen, card)
+            write_model(output_dir, averaged, control.steps_done)
     accelerator.end_training()
 
 

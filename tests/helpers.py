@@ -32,8 +32,11 @@ ENVIRONMENT = {
 }
 PRELOADED = [
     "bitsandbytes",
+    "scipy.stats",
     "torch.utils.tensorboard",
+    "torch_fidelity",
     "utils.build",
+    "utils.pictures",
     "utils.precompute",
     "utils.requests",
     "utils.validation",

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from dataclasses import replace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -62,6 +64,20 @@ def test_pooled_spec_is_that_of_the_whole(parts, cache):
     assert unevenness(specs_of(parts, 0, 1)) == pytest.approx(0.4)
 
 
+def test_pooled_statistics_are_those_of_all_rows(parts):
+    """Of parts as unlike in size and values as parts can be, against numpy on all rows at once."""
+    generator = np.random.default_rng(0)
+    rows = [generator.normal(mean, std, (count, 4)) for mean, std, count in ((1, 2, 300), (-3, 0.5, 20))]
+    specs = []
+    for spec, values in zip(specs_of(parts, 0, 1), rows, strict=True):
+        measured = {"mean": values.mean(0).tolist(), "std": values.std(0).tolist()}
+        normalisation = spec.normalisation | {"measured": measured}
+        specs.append(replace(spec, num_rows=len(values), normalisation=normalisation))
+    pooled, everything = pool(specs).normalisation["measured"], np.concatenate(rows)
+    assert pooled["mean"] == pytest.approx(everything.mean(0))
+    assert pooled["std"] == pytest.approx(everything.std(0))
+
+
 @pytest.mark.parametrize("opened", [[0, 1], [0, 0, 1, 1], [1, 0, 1, 0, 1, 0]])
 def test_every_row_of_a_part_is_read_once_an_epoch(opened):
     """Together the readers of a part read its endless stream without a gap, whichever processes they are."""
@@ -69,7 +85,7 @@ def test_every_row_of_a_part_is_read_once_an_epoch(opened):
     for process, reader in enumerate(readers_of(opened, batch_size=3)):
         batches = iter(PositionBatches(3, 1, 5, process, len(opened)))
         for _ in range(4):
-            positions[opened[process]] += reader.positions_in_part(np.array(next(batches))).tolist()
+            positions[opened[process]] += reader.positions(np.array(next(batches)))[1].tolist()
     num_readers = len(opened) // 2
     for found in positions.values():
         assert sorted(found) == list(range(5 * 3 * num_readers, 9 * 3 * num_readers))
@@ -85,13 +101,62 @@ def test_streams_read_their_own_part(parts):
         stream = LatentStream(part, seed=3)
         batches = iter(PositionBatches(2, 1, 0, process, 4))
         positions = [next(batches) for _ in range(5)]
-        rows = [stream.order.rows(reader.positions_in_part(np.array(each))) for each in positions]
+        rows = [stream.order.rows(reader.positions(np.array(each))[1]) for each in positions]
         seen.append(np.concatenate(rows).tolist())
         latents = torch.cat([stream.__getitems__(each)["latents"] for each in positions])
         plain, flipped = (part.gather(np.array(seen[-1]), np.full(10, flip))["latents"] for flip in (False, True))
         assert all(any(torch.equal(a, b) for b in both) for a, *both in zip(latents, plain, flipped, strict=True))
     assert sorted(seen[2] + seen[3]) == list(range(20))
     assert len(set(seen[0] + seen[1])) == 20
+
+
+def test_the_stream_does_not_depend_on_the_numbers_of_the_machines(parts):
+    """Two machines of two processes each, once in one order and once in the other: together the same samples, with the
+    same positions, and so with the same noise."""
+    samples = []
+    for opened in ([0, 0, 1, 1], [1, 1, 0, 0], [1, 0, 0, 1]):
+        samples.append({})
+        for process, reader in enumerate(readers_of(opened, batch_size=2)):
+            part = LatentCache(parts / f"part-{opened[process]}")
+            part.join_parts(pool(specs_of(parts, *opened)), "measured", reader)
+            batches = iter(PositionBatches(2, 1, 3, process, 4))
+            for batch in (LatentStream(part, seed=3).__getitems__(next(batches)) for _ in range(3)):
+                samples[-1] |= dict(zip(batch["positions"].tolist(), batch["latents"], strict=True))
+    first, *others = samples
+    assert sorted(first) == list(range(3 * 8, 6 * 8))
+    for other in others:
+        assert other.keys() == first.keys()
+        assert all(torch.equal(other[position], latents) for position, latents in first.items())
+
+
+def test_a_stream_of_files_is_cut_by_files(tmp_path, image_folder, tiny_vae):
+    """No part reads another's files, together they hold every row once, and no two rows of theirs have one number."""
+    images, latents = {}, []
+    rows = [json.loads(line) for line in (image_folder / "metadata.jsonl").read_text().splitlines()]
+    for i in range(3):
+        chosen = rows[i::3][: 10 + i]
+        values = {"image": [(image_folder / row["file_name"]).read_bytes() for row in chosen]}
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        values = {"image": [{"bytes": each, "path": None} for each in values["image"]]}
+        table = datasets.Dataset.from_dict(values | {"label": [100 * i + k for k in range(len(chosen))]}, features)
+        images[i] = tmp_path / "data" / f"{i}.parquet"
+        images[i].parent.mkdir(exist_ok=True)
+        table.to_parquet(images[i])
+    flags = [
+        *("--dataset_name", str(tmp_path / "data" / "*.parquet"), "--label_column", "label", "--resolution", 16),
+        *("--pretrained_vae_model_name_or_path", tiny_vae, "--streaming", "--rows_per_shard", 4, "--num_parts", 2),
+    ]
+    for index in (0, 1):
+        folder = tmp_path / f"part-{index}"
+        run("precompute_latents.py", *flags, "--part_index", index, "--latents_dir", folder)
+        latents.append(datasets.load_from_disk(str(folder / "latents")))
+        assert LatentSpec.read(folder).fingerprint["part"]["cut"] == "by files"
+    labels = [sorted({label // 100 for label in part["label"]}) for part in latents]
+    assert labels == [[0, 1], [2]]
+    labels, numbers = (np.concatenate([part[name][:] for part in latents]).tolist() for name in ("label", "row"))
+    assert sorted(labels) == [*range(10), *range(100, 111), *range(200, 212)]
+    assert len(set(numbers)) == len(numbers) == 33
+    assert pool(specs_of(tmp_path, 0, 1)).num_rows == 33
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +168,8 @@ def flags(parts, model_flags):
     ]
 
 
-def test_two_processes_train_on_two_parts_and_resume_exactly(flags, tmp_path):
+def test_two_processes_train_on_two_parts_and_resume_exactly(parts, flags, tmp_path):
+    """Also where the machines come back with each other's numbers."""
     result = run(SCRIPT, *flags, "--output_dir", tmp_path / "whole", processes=2)
     assert "2 parts, read by 2 processes" in result.stderr
     assert "40.0 % more often" in result.stderr
@@ -111,13 +177,18 @@ def test_two_processes_train_on_two_parts_and_resume_exactly(flags, tmp_path):
     for count in (6, 1):
         fault = SignalAt("utils.step_log:StepLog.step_done", count, rank=1)
         run(SCRIPT, *flags, "--output_dir", tmp_path / "killed", processes=2, fault=fault, check=False)
-    run(SCRIPT, *flags, "--output_dir", tmp_path / "killed", processes=2)
+    for process in (0, 1):
+        (tmp_path / f"part-{process}").symlink_to(parts / f"part-{1 - process}")
+    swapped = ["--latents_dir", tmp_path / "part-{process}"]
+    run(SCRIPT, *flags, *swapped, "--output_dir", tmp_path / "killed", processes=2)
     files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.safetensors")]
     assert len(files) > 5
     for file in files:
         ours, theirs = load_file(tmp_path / "killed" / file), load_file(tmp_path / "whole" / file)
         assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
-    assert len(scalars(tmp_path / "whole", "train/loss")) == 8
+    losses = scalars(tmp_path / "whole", "train/loss")
+    assert len(losses) == 8
+    assert scalars(tmp_path / "killed", "train/loss") == losses
     line = refused(
         run(SCRIPT, *flags, "--train_batch_size", 2, "--gradient_accumulation_steps", 2,
             "--output_dir", tmp_path / "whole", processes=2, check=False)
@@ -141,9 +212,25 @@ def test_a_part_beside_a_whole_cache(parts, cache):
         pool([*specs_of(parts, 0), LatentSpec.read(cache)])
 
 
+def test_processes_that_opened_different_whole_caches(cache, other_settings):
+    with pytest.raises(UserError, match="processes 0 and 2 opened different caches"):
+        pool([LatentSpec.read(cache), LatentSpec.read(cache), other_settings])
+
+
+@pytest.fixture
+def other_settings(cache):
+    spec = LatentSpec.read(cache)
+    return replace(spec, fingerprint=spec.fingerprint | {"resolution": 32})
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("resolution", 32), ("vae", "other"), ("part", {"index": 1, "of": 2, "rows_per_shard": 7}), ("dataset", {})],
+    [
+        ("resolution", 32),
+        ("vae", "other"),
+        ("part", {"index": 1, "of": 2, "cut": "by chunks", "rows_per_shard": 7}),
+        ("dataset", {}),
+    ],
 )
 def test_parts_of_different_settings(parts, tmp_path, key, value):
     shutil.copytree(parts, tmp_path / "parts")

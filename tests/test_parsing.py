@@ -249,7 +249,11 @@ SCRIPTS = {
         "--output_dir o --dataset_name d --label_column label --prediction_type epsilon --noise_offset 0.1",
         "--output_dir o --latents_dir l --unconditional --ema_decay 0.5 --use_8bit_adam",
     ],
-    "train_image_vae": ["--output_dir o --train_data_dir d", "--output_dir o --dataset_name d --kl_weight 1e-6"],
+    "train_image_vae": [
+        "--output_dir o --train_data_dir d",
+        "--output_dir o --dataset_name d --kl_weight 1e-6 --validation_split test --eval_features inception",
+        "--output_dir o --train_data_dir d --lpips_weight 1 --lpips_net alex --disc_start 5 --disc_weight 1 --num_validation_images 9",
+    ],
     "precompute_latents": ["--latents_dir l --train_data_dir d --random_flip --max_samples 5 --mixed_precision no"],
     "sample": ["", "--class_labels 1 2 --scheduler ddpm --guidance_scale 1", "--seed 4"],
 }

@@ -54,6 +54,14 @@ def common(cache, model_flags, tmp_path_factory):
             ],
         ),
         "text dit, two processes": (TEXT, 2, [*shared, *model_flags["dit"], "--no-use_ema"]),
+        "class unet, two processes, accumulated, 8 bit": (
+            CLASS,
+            2,
+            [
+                *(*shared, *model_flags["unet"], "--train_batch_size", 2, "--ema_sigma_rels", 0.1),
+                *("--gradient_accumulation_steps", 4, "--use_8bit_adam"),
+            ],
+        ),
     }
 
 
@@ -73,6 +81,7 @@ def uninterrupted(common, tmp_path_factory):
 
 
 KINDS = ("text unet", "class dit, accumulated, 8 bit", "text dit, two processes")
+KILLED = (*KINDS, "class unet, two processes, accumulated, 8 bit")
 
 
 def steps_of(folder) -> list[int]:
@@ -105,7 +114,7 @@ def assert_identical(folder, expected) -> None:
 # ---- kills ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", KILLED)
 def test_killed_and_resumed_is_bit_identical(common, uninterrupted, tmp_path, name):
     """SIGKILL at a random step; twice while a checkpoint is written: before its files are on the disk, and before old ones
     are deleted; and, from outside, at a random moment, which may be after the end."""
@@ -133,7 +142,9 @@ def test_killed_and_resumed_is_bit_identical(common, uninterrupted, tmp_path, na
     assert not list(folder.glob(".tmp*"))
     manifest = json.loads((folder / f"checkpoint-{STEPS}" / "manifest.json").read_text())
     assert manifest["num_processes"] == processes
-    assert scalars(folder, "train/learning_rate") == scalars(expected, "train/learning_rate")
+    for tag in ("train/loss", "train/grad_norm", "train/learning_rate"):
+        assert scalars(folder, tag) == scalars(expected, tag)
+        assert list(scalars(folder, tag)) == list(range(1, STEPS + 1))
     assert (folder / "args.yaml").is_file()
     assert (folder / "model_index.json").is_file()
 
@@ -166,8 +177,9 @@ def test_learning_rate_is_that_of_the_step(uninterrupted):
         assert curve[6] == pytest.approx(1e-3)
 
 
-def test_adam_has_8_bit_states(uninterrupted):
-    state = trained(uninterrupted("class dit, accumulated, 8 bit"))
+@pytest.mark.parametrize("name", [name for name in KILLED if "8 bit" in name])
+def test_adam_has_8_bit_states(uninterrupted, name):
+    state = trained(uninterrupted(name))
     assert any(tensor.dtype == torch.uint8 and tensor.numel() >= 4096 for tensor in state.values())
 
 

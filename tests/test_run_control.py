@@ -135,14 +135,14 @@ def trained_steps(clock, folder, hours, steps=None, resumed=False, first_step=0)
 
 
 def test_hours_end_a_run_on_time(clock, tmp_path):
-    """With its last checkpoint, and not more than one step and one checkpoint early."""
+    """With its last checkpoint, and not more than one step and two checkpoints early: this step might end with one."""
     started = clock.now
     done = trained_steps(clock, tmp_path, hours=0.5)
-    assert 1800 - 10 - 30 < done[-1][1] - started <= 1800
+    assert 1800 - 10 - 2 * 30 < done[-1][1] - started <= 1800
     shares = [share for share, _ in done]
     assert shares == sorted(shares)
     assert shares[0] == 0
-    assert 0.97 < shares[-1] <= 1
+    assert 0.94 < shares[-1] <= 1
 
 
 def test_steps_end_a_run_that_has_hours_left(clock, tmp_path):

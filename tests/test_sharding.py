@@ -37,16 +37,21 @@ def flags(cache, model_flags):
     ]
 
 
-@pytest.fixture(scope="module")
-def divided(flags, tmp_path_factory):
-    """A run under `accelerate launch` with the configuration in the repository."""
-    folder = tmp_path_factory.mktemp("divided") / "run"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIG, ROOT / SCRIPT]
+def launch(config, flags, folder) -> None:
+    """A run of two processes under `accelerate launch` with a configuration."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, ROOT / SCRIPT]
     environment = {name: value for name, value in (os.environ | ENVIRONMENT).items() if name != "ACCELERATE_USE_CPU"}
     command = list(map(str, [*command, *flags, "--output_dir", folder]))
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "2 process(es)" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def divided(flags, tmp_path_factory):
+    """A run with the configuration in the repository."""
+    folder = tmp_path_factory.mktemp("divided") / "run"
+    launch(CONFIG, flags, folder)
     return folder
 
 
@@ -88,16 +93,20 @@ def test_killed_and_resumed_is_bit_identical(divided, flags, tmp_path):
 
 
 def test_zero2_trains_the_same(divided, flags, tmp_path):
-    """Weights that stay whole from forward to backward (configs/accelerate/zero2.yaml) are the same weights."""
-    config, zero2 = (yaml.safe_load((CONFIG.parent / name).read_text()) for name in ("fsdp2.yaml", "zero2.yaml"))
-    assert config["fsdp_config"].pop("fsdp_reshard_after_forward") is True
-    assert zero2["fsdp_config"].pop("fsdp_reshard_after_forward") is False
-    assert zero2 == config
-    environment = FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}
-    run(SCRIPT, *flags, "--output_dir", tmp_path / "run", processes=2, environment=environment)
+    """Weights that stay whole from forward to backward are the same weights: configs/accelerate/zero2.yaml with no more
+    changed than two processes without a GPU need."""
+    config, zero2, on_cpu = (
+        yaml.safe_load((CONFIG.parent / name).read_text()) for name in ("fsdp2.yaml", "zero2.yaml", "cpu_fsdp2.yaml")
+    )
+    needed = {name: on_cpu[name] for name in ("num_processes", "mixed_precision", "use_cpu")}
+    (tmp_path / "zero2.yaml").write_text(yaml.safe_dump(zero2 | needed))
+    launch(tmp_path / "zero2.yaml", flags, tmp_path / "run")
     for tag in ("train/loss", "train/grad_norm"):
         expected = list(scalars(divided, tag).values())
         assert list(scalars(tmp_path / "run", tag).values()) == pytest.approx(expected, rel=1e-5)
+    assert config["fsdp_config"].pop("fsdp_reshard_after_forward") is True
+    assert zero2["fsdp_config"].pop("fsdp_reshard_after_forward") is False
+    assert zero2 == config
 
 
 def test_samples_come_from_it(divided, tmp_path):

@@ -22,11 +22,35 @@ TOOLS = sorted([*ROOT.glob("demo/*.py"), *ROOT.glob("benchmarks/*.py")])
 # A file imports only from its own floor or below. Names are those of modules inside `utils`; `*` stands for anything.
 FLOORS: dict[int, tuple[str, ...]] = {
     # maths: torch and schedulers
-    0: ("__init__", "errors", "files", "tensor_ops", "draws", "objectives", "guidance", "power_ema", "likelihoods"),
+    0: (
+        "__init__",
+        "errors",
+        "files",
+        "tensor_ops",
+        "draws",
+        "objectives",
+        "guidance",
+        "power_ema",
+        "likelihoods",
+        "vae_losses",
+    ),
     # modules
     1: ("models", "models.*", "conditions"),
     # data and artefacts
-    2: ("latent_cache", "cache_*", "codecs", "text_encoders", "clip_vocabulary", "image_*", "data_*", "metrics_*"),
+    2: (
+        *(
+            "latent_cache",
+            "cache_*",
+            "codecs",
+            "perceptual",
+            "text_encoders",
+            "clip_vocabulary",
+            "image_*",
+            "data_*",
+            "metrics_*",
+        ),
+        *("features", "eval_images", "eval_measured", "eval_figures"),
+    ),
     # run plumbing
     3: (
         "args",
@@ -49,21 +73,38 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "row_source",
         "precompute",
         "validation",
+        "held_out",
+        "evaluation",
         "export",
         "requests",
+        "sample_args",
+        "eval_args",
+        "pictures",
+        "report",
         "optimization",
         "arg_checks",
         "vae_training",
+        "vae_args",
     ),
 }
 # The modules of `utils` that may take the parsed arguments: run set-up, and the one script that others run first.
 SEES_ARGS = (
     *("args", "input_args", "plan_args", "arg_checks", "parsing", "build", "training_data", "row_source", "run"),
-    "precompute",
+    *("precompute", "sample_args", "eval_args", "vae_args"),
 )
 
 MAX_LINES_OF_SCRIPT, MAX_LINES_OF_UTILS, MAX_NESTING = 250, 300, 5
-HEAVY = {"open_clip", "bitsandbytes", "xformers", "peft", "pymatgen", "anndata", "torchmetrics", "gradio"}
+HEAVY = {
+    "open_clip",
+    "bitsandbytes",
+    "xformers",
+    "peft",
+    "pymatgen",
+    "anndata",
+    "torchmetrics",
+    "torch_fidelity",
+    "gradio",
+}
 BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.TryStar, ast.Match)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 

@@ -104,5 +104,39 @@ def check_validation_args(args: Namespace) -> None:
     """Refuses settings of grids that are not made."""
     names = ("validation_steps", "validation_guidance_scale", "num_validation_images", "validation_inference_steps")
     for name in names:
+        if name == "validation_inference_steps" and args.eval_features:
+            continue  # evaluations sample too
         if name in args.typed and not args.validation_prompts:
             raise UserError(f"--{name} without --validation_prompts: there is nothing to sample; give some prompts")
+
+
+# Flags that mean nothing without another one, and what to do about it.
+NEEDS_EVAL_STEPS = (
+    *("num_validation_samples", "validation_latents_dir", "eval_batch_size", "eval_features", "best_metric"),
+    "early_stopping_patience",
+)
+NEEDS_EVAL_FEATURES = ("eval_metric", "num_eval_images", "eval_guidance_scale")
+
+
+def check_evaluation_args(args: Namespace) -> None:
+    """Refuses settings of evaluations that are not made, and evaluations of nothing."""
+    for name in NEEDS_EVAL_STEPS:
+        if name in args.given and args.eval_steps is None:
+            raise UserError(f"--{name} without --eval_steps: nothing is evaluated; give the steps between evaluations")
+    for name in NEEDS_EVAL_FEATURES:
+        if name in args.given and args.eval_features is None:
+            raise UserError(f"--{name} without --eval_features: nothing is sampled; name the features to compare in")
+    if "early_stopping_min_delta" in args.given and args.early_stopping_patience is None:
+        raise UserError("--early_stopping_min_delta without --early_stopping_patience: nothing is stopped early")
+    if args.eval_steps and not (args.num_validation_samples or args.validation_latents_dir):
+        raise UserError(
+            "--eval_steps without latents to evaluate on: keep some out of training with --num_validation_samples, or "
+            "give a cache of another split as --validation_latents_dir"
+        )
+    refuse_together(
+        args, "num_validation_samples", "validation_latents_dir", "the latents are held out here or there; use one"
+    )
+    if args.best_metric == "samples" and not args.eval_features:
+        raise UserError("--best_metric samples without --eval_features: there are no samples to go by")
+    if args.num_eval_images == 1:
+        raise UserError("--num_eval_images 1: one image has no distribution; 512 is usual")

@@ -13,6 +13,8 @@ from utils.parsing import (
     positive_int,
 )
 
+DEFAULT_EVAL_IMAGES = 512
+
 
 def add_run_args(parser: ArgumentParser) -> None:
     """Where a training writes, how long it runs, and how it goes on."""
@@ -217,4 +219,64 @@ def add_validation_args(parser: ArgumentParser, what: str) -> None:
     group.add_argument("--num_validation_images", type=positive_int, default=4, help=f"Images for each of the {what}.")
     group.add_argument(
         "--validation_inference_steps", type=positive_int, default=25, help="Sampler steps of those grids."
+    )
+
+
+def add_evaluation_args(parser: ArgumentParser) -> None:
+    """Figures on the way, on latents that are not trained on."""
+    group = parser.add_argument_group("evaluation")
+    group.add_argument(
+        "--eval_steps",
+        type=positive_int,
+        default=None,
+        help="Steps between evaluations: the validation loss, with fixed noise and timesteps. Default: none.",
+    )
+    group.add_argument(
+        "--num_validation_samples",
+        type=positive_int,
+        default=None,
+        help="Rows of the latent cache that are kept out of training, for evaluations; the same for every seed.",
+    )
+    group.add_argument(
+        "--validation_latents_dir", default=None, help="Latent cache of another split, for evaluations, instead."
+    )
+    group.add_argument(
+        "--eval_batch_size",
+        type=positive_int,
+        default=32,
+        help="Samples that a process evaluates at once.",
+    )
+    group.add_argument(
+        "--eval_features",
+        default=None,
+        metavar="SPEC",
+        help="Also sample, and compare with the held-out images in these features: inception, inception:FILE, "
+        "clip:NAME_OR_FOLDER, open_clip:NAME_OR_FILE or classifier:FOLDER.",
+    )
+    group.add_argument(
+        "--eval_metric", choices=["kid", "fid"], default="kid", help="How; kid is unbiased however few samples."
+    )
+    group.add_argument(
+        "--num_eval_images",
+        type=positive_int,
+        default=None,
+        help=f"Samples for it. Default: up to {DEFAULT_EVAL_IMAGES}.",
+    )
+    group.add_argument(
+        "--eval_guidance_scale", type=non_negative_float, default=1.0, help="Guidance of those samples; 1 is off."
+    )
+    group.add_argument(
+        "--best_metric",
+        choices=["loss", "samples"],
+        default="loss",
+        help="What OUTPUT_DIR/best has the lowest of: the validation loss, or the --eval_metric of samples.",
+    )
+    group.add_argument(
+        "--early_stopping_patience",
+        type=positive_int,
+        default=None,
+        help="End after so many evaluations in a row in which the best metric did not fall.",
+    )
+    group.add_argument(
+        "--early_stopping_min_delta", type=non_negative_float, default=0.0, help="A smaller fall counts as none."
     )

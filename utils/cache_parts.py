@@ -17,28 +17,36 @@ from utils.latent_cache import LatentSpec, summary
 def readers_of(parts: list[int], batch_size: int) -> list[PartReader]:
     """The reader of each process, from the part that each process opened."""
     return [
-        PartReader(batch_size, process, len(parts), parts[:process].count(part), parts.count(part))
+        PartReader(batch_size, process, len(parts), part, parts[:process].count(part), parts.count(part))
         for process, part in enumerate(parts)
     ]
 
 
 def pool(specs: list[LatentSpec]) -> LatentSpec:
-    """The spec of the whole cache, from the spec that each process opened. Raises UserError unless these are all parts
-    of one cache, each opened by as many processes.
+    """The spec of the whole cache, from the spec that each process opened. Raises UserError unless these are one
+    cache, or all parts of one, each opened by as many processes.
     """
     parts: list[dict[str, Any] | None] = [spec.fingerprint.get("part") for spec in specs]
+    if not any(parts):
+        for process, spec in enumerate(specs):
+            if spec.identity() != specs[0].identity():
+                raise UserError(
+                    f"--latents_dir: processes 0 and {process} opened different caches; give all processes the same "
+                    "one, or a part of one each (--num_parts)"
+                )
+        return specs[0]
     counts = {part["of"] if part else 1 for part in parts}
     if len(counts) > 1 or None in parts:
         raise UserError(
             "--latents_dir: the processes opened parts of different caches, or some a part and some a whole one: "
-            f"{sorted({describe(part) for part in parts})}; precompute them with the same --part .../N"
+            f"{sorted({describe(part) for part in parts})}; make all with the same --num_parts"
         )
     (count,) = counts
     readers = [sum(part is not None and part["index"] == i for part in parts) for i in range(count)]
     if len(set(readers)) > 1:
         raise UserError(
-            f"--latents_dir: parts 0 to {count - 1} were opened by {readers} processes, of {len(specs)}; launch as "
-            f"many for each part, and give each its part"
+            f"--latents_dir: parts 0 to {count - 1} were opened by {readers} processes, and each must be by as "
+            f"many: launch a multiple of {count} processes, and give each its part"
         )
     by_part = {spec.fingerprint["part"]["index"]: spec for spec in specs}
     ordered = [by_part[i] for i in range(count)]

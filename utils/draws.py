@@ -123,15 +123,20 @@ class PartReader:
     batch_size: int  # of a micro-batch of one process
     process_index: int
     num_processes: int
+    part: int
     reader: int
-    num_readers: int  # of this part
+    num_readers: int  # of each part
 
-    def positions_in_part(self, positions: np.ndarray) -> np.ndarray:
-        """Positions (B,) of this process in the stream of all -> positions in the endless stream of its part."""
+    def positions(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions (B,) that are this process's by its number -> those of its reader in the stream of all, and those
+        in the endless stream of its part. Both are the same whatever numbers the machines are given.
+        """
         slots, places = np.divmod(positions, self.batch_size)
         micro_batches, processes = np.divmod(slots, self.num_processes)
         assert (processes == self.process_index).all()
-        return (micro_batches * self.num_readers + self.reader) * self.batch_size + places
+        slots = micro_batches * self.num_processes + self.part * self.num_readers + self.reader
+        in_part = micro_batches * self.num_readers + self.reader
+        return slots * self.batch_size + places, in_part * self.batch_size + places
 
 
 def identity(batch):

@@ -217,7 +217,9 @@ def load_denoiser(run_dir: Path, name: str, checkpoint: Path | None, flag: str) 
     return denoiser.eval()
 
 
-def model_card(spec: LatentSpec, prediction_type: str, num_steps: int, batch_size: int, use_ema: bool) -> str:
+def model_card(
+    spec: LatentSpec, num_rows: int, prediction_type: str, num_steps: int, batch_size: int, use_ema: bool
+) -> str:
     """The README.md of a run: what it is, what it was trained on, how to sample it."""
     dataset = spec.fingerprint["dataset"]
     name = dataset.get("name") or dataset.get("dataset_name") or "a local dataset"
@@ -227,7 +229,7 @@ tags: [diffusion, latent-diffusion, trained-from-scratch]
 ---
 # A latent diffusion model
 
-Trained from scratch on {name} ({spec.num_rows} images at {spec.fingerprint["resolution"]} pixels) for
+Trained from scratch on {name} ({num_rows} images at {spec.fingerprint["resolution"]} pixels) for
 {num_steps} steps of {batch_size} samples per process, prediction type `{prediction_type}`,
 in the latents of `{spec.vae}`. The weights are {"their moving average" if use_ema else "the last ones"};
 `args.yaml` repeats the run.

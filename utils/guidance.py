@@ -17,7 +17,7 @@ Predict = Callable[[Tensor, Tensor], Tensor]  # latents (B, ...), timesteps (B,)
 
 def extrapolate(prediction: Tensor, weaker: Tensor, guidance_scale: float) -> Tensor:
     """weaker + scale * (prediction - weaker), all (B, ...). Scale 1 is the prediction itself."""
-    # arXiv 2207.12598, equation 6, with scale = 1 + w; arXiv 2406.02507, equation 3, with scale = w.
+    # The scale is 1 + w in arXiv 2207.12598, and w in arXiv 2406.02507.
     return weaker + guidance_scale * (prediction - weaker)
 
 

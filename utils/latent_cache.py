@@ -50,8 +50,8 @@ class LatentSpec:
     version: int = SPEC_VERSION
 
     @classmethod
-    def read(cls, cache_dir: str | Path) -> "LatentSpec":
-        """The spec of a finished cache. Raises UserError where there is none."""
+    def read(cls, cache_dir: str | Path, flag: str = "--latents_dir") -> "LatentSpec":
+        """The spec of a finished cache. Raises UserError, which names the flag, where there is none."""
         path = Path(cache_dir) / SPEC_FILE
         if not path.is_file():
             state = (
@@ -59,7 +59,7 @@ class LatentSpec:
                 if Path(cache_dir).is_dir()
                 else "does not exist"
             )
-            raise UserError(f"--latents_dir: the latent cache {cache_dir} {state}: no {SPEC_FILE} in it")
+            raise UserError(f"{flag}: the latent cache {cache_dir} {state}: no {SPEC_FILE} in it")
         values = read_json(path)
         if values.get("version") != SPEC_VERSION:
             raise UserError(
@@ -146,6 +146,8 @@ class RowGatherer:
 class LatentCache:
     """An open latent cache: `gather(rows, ...)` and `normalise(batch, draws)`."""
 
+    reader: PartReader | None = None  # of a whole cache there is none
+
     def __init__(self, cache_dir: str | Path, normalisation: str = "vae"):
         """`normalisation`: "vae" (its scaling and shift) or "measured" (mean and std per channel of this data)."""
         self.spec = LatentSpec.read(cache_dir)
@@ -164,7 +166,6 @@ class LatentCache:
         if self.spec.captions:
             self._open_captions(table, Path(cache_dir) / "captions")
         self.num_rows = len(table)  # here; `spec.num_rows` counts all parts
-        self.reader: PartReader | None = None
 
     def join_parts(self, whole: LatentSpec, normalisation: str, reader: PartReader) -> None:
         """Makes this one part of the cache that `whole` describes, of which `reader` says who else reads."""
@@ -182,6 +183,7 @@ class LatentCache:
         self.caption_starts = ids.offsets.to_numpy().astype(np.int64)
         self.caption_starts -= self.caption_starts[0]
         self.num_tokens = captions.data.column("num_tokens").to_numpy()
+        self.caption_texts = captions.data.column("caption")
         self.caption_content = self.spec.captions["content"]
         self.caption_states = RowGatherer(captions, self.caption_content, tuple(self.spec.captions["shape"]))
 
@@ -217,6 +219,10 @@ class LatentCache:
             batch["num_tokens"] = torch.from_numpy(self.num_tokens[captions])
         return batch
 
+    def first_captions(self, rows: np.ndarray) -> list[str]:
+        """The text of the first caption of each of the rows (B,)."""
+        return self.caption_texts.take(self.caption_rows[self.caption_starts[rows]]).to_pylist()
+
     def null_caption(self) -> tuple[Tensor, int]:
         """What is stored for the empty caption, (S, D) states or (S,) token ids, and its count of real tokens. Always
         row 0.
@@ -238,17 +244,20 @@ class LatentStream(torch.utils.data.Dataset):
     A flip and a caption are drawn for each position, so they differ between epochs.
     """
 
-    def __init__(self, cache: LatentCache, seed: int):
-        self.cache = cache
+    def __init__(self, cache: LatentCache, seed: int, rows: np.ndarray | None = None):
+        """`rows`: those of the cache that are trained on, by default all."""
+        self.cache, self.rows = cache, rows
         self.seed = seed
-        self.order = StreamOrder(seed, len(cache))
+        self.order = StreamOrder(seed, len(cache) if rows is None else len(rows))
 
     def __getitems__(self, positions: list[int]) -> dict[str, Tensor]:
         """The batch at `positions`, with the positions in it."""
         where = np.asarray(positions, dtype=np.int64)
+        where, in_part = (where, where) if self.cache.reader is None else self.cache.reader.positions(where)
         flip = uniform_draws(self.seed, "flip", where) < 0.5
-        own = where if self.cache.reader is None else self.cache.reader.positions_in_part(where)
-        batch = self.cache.gather(self.order.rows(own), flip, uniform_draws(self.seed, "caption", where))
+        picked = self.order.rows(in_part)
+        rows = picked if self.rows is None else self.rows[picked]
+        batch = self.cache.gather(rows, flip, uniform_draws(self.seed, "caption", where))
         return batch | {"positions": torch.from_numpy(where)}
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:

@@ -1,12 +1,7 @@
-"""Figures of images, computed from features: FID, KID, CMMD, Inception Score, shares and means.
+"""Figures of images, computed from features: FID, KID, CMMD, Inception Score, CLIP score and accuracy.
 
-torch-fidelity computes the figures of its table (FID, KID, Inception Score); what is written here is the rest, and the
-intervals. A figure is a property of a finite number of samples, so each carries that number and a 95 % interval over
-the draw of the samples; the reference counts as given.
-
-Half-sampling (Shao and Wu 1989, "A general theory for jackknife variance estimation", the delete-d jackknife with
-d = n / 2) gives the intervals of figures that are no mean over samples. A bootstrap would not do: it repeats samples,
-and duplicates narrow a covariance, put zero into nearest-neighbour distances and ones onto the diagonal of kernels.
+torch-fidelity computes FID, KID and the Inception Score; what it has not, and what intervals need faster than it has
+it, is written here.
 """
 
 from collections.abc import Callable
@@ -20,69 +15,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.metrics_intervals import (
+    HALF_SAMPLING,
+    Figure,
+    at_most,
+    half_sampling_figure,
+    mean_figure,
+    random_halves,
+    share_figure,
+)
 
-NUM_HALVES = 30
-ENOUGH_FOR_LIMIT = 5
-CONFIDENCE = 0.95
+ENOUGH_FOR_LIMIT = 5  # samples for each feature
+MAX_PAIRED = 10_000  # images of either side, drawn at random, where every pair of them counts
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
-HALF_SAMPLING, BOOTSTRAP, WILSON = "half-sampling", "bootstrap", "Wilson"
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A measured number, its 95 % interval, how many samples it was measured on, and how the interval was made."""
-
-    value: float
-    low: float
-    high: float
-    num_samples: int
-    interval: str
-    note: str = ""
-
-
-# ---- intervals
-
-
-def random_halves(num_samples: int, count: int = NUM_HALVES, seed: int = 0) -> Tensor:
-    """Membership (count, N) bool of `count` random halves of N samples, N // 2 in each, none twice."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(count, num_samples, generator=generator).argsort(dim=1)
-    return order < num_samples // 2
-
-
-def half_sampling_figure(value: float, of_halves: list[float], num_samples: int, note: str = "") -> Figure:
-    """`value` and the interval that its spread over random halves tells. Halves are biased as small samples are; only
-    their spread is used: with d of n left out, Var(value) = (n - d) / d Var(value of a part)."""
-    from scipy.stats import t
-
-    kept = num_samples // 2
-    error = float(np.std(of_halves, ddof=1)) * (kept / (num_samples - kept)) ** 0.5
-    reach = float(t.ppf((1 + CONFIDENCE) / 2, len(of_halves) - 1)) * error
-    return Figure(value, value - reach, value + reach, num_samples, HALF_SAMPLING, note)
-
-
-def mean_figure(values: Tensor, note: str = "") -> Figure:
-    """Mean of a value for each sample (N,), with its bootstrap interval over samples."""
-    from scipy.stats import bootstrap
-
-    array = values.double().numpy()
-    if len(array) < 2 or array.std() == 0:
-        return Figure(float(array.mean()), float(array.mean()), float(array.mean()), len(array), BOOTSTRAP, note)
-    generator = np.random.default_rng(0)
-    interval = bootstrap(
-        (array,), np.mean, n_resamples=1000, batch=100, confidence_level=CONFIDENCE, method="percentile", rng=generator
-    ).confidence_interval
-    return Figure(float(array.mean()), float(interval.low), float(interval.high), len(array), BOOTSTRAP, note)
-
-
-def share_figure(hits: Tensor, note: str = "") -> Figure:
-    """Share of true values among (N,) bool, with Wilson's interval, which is right near 0 and 1 too."""
-    from scipy.stats import binomtest
-
-    count = int(hits.sum())
-    interval = binomtest(count, len(hits)).proportion_ci(CONFIDENCE, method="wilson")
-    return Figure(count / len(hits), float(interval.low), float(interval.high), len(hits), WILSON, note)
 
 
 # ---- FID
@@ -173,10 +119,11 @@ def fid_figures(features: Tensor, reference: Statistics) -> dict[str, Figure]:
     halves = frechet_of_parts(features, reference, random_halves(len(features)))
     bias = float(np.mean(halves)) - value
     if len(features) < ENOUGH_FOR_LIMIT * features.shape[1]:
-        return {"fid": half_sampling_figure(value, halves, len(features), "biased upwards by too few samples")}
+        few = "biased upwards by too few samples"
+        return {"fid": half_sampling_figure(value, halves, len(features), few, lowest=0)}
     note = f"biased upwards by about {max(bias, 0):.2g}"
     return {
-        "fid": half_sampling_figure(value, halves, len(features), note),
+        "fid": half_sampling_figure(value, halves, len(features), note, lowest=0),
         "fid_infinity": half_sampling_figure(value - bias, halves, len(features), "the limit of many samples"),
     }
 
@@ -232,6 +179,7 @@ def kid_figure(samples: Tensor, reference: Tensor) -> Figure:
     measured = kid_features_to_metric(
         samples.double(), reference.double(), kid_subsets=KID_SUBSETS, kid_subset_size=size, verbose=False
     )
+    samples, reference = at_most(samples, MAX_PAIRED), at_most(reference, MAX_PAIRED)
     halves = squared_mmd(samples, reference, polynomial_kernel, random_halves(len(samples)), unbiased=True)
     figure = half_sampling_figure(float(measured[KEY_METRIC_KID_MEAN]), halves, len(samples))
     of_subsets = 1.96 * float(measured[KEY_METRIC_KID_STD]) / KID_SUBSETS**0.5
@@ -242,11 +190,12 @@ def kid_figure(samples: Tensor, reference: Tensor) -> Figure:
 
 def cmmd_figure(samples: Tensor, reference: Tensor) -> Figure:
     """CMMD: squared MMD, with its diagonal, of CLIP's embeddings at length 1, times 1000."""
-    samples, reference = (torch.nn.functional.normalize(each, dim=1) for each in (samples, reference))
+    chosen = (at_most(each, MAX_PAIRED) for each in (samples, reference))
+    samples, reference = (torch.nn.functional.normalize(each, dim=1) for each in chosen)
     whole = torch.ones(1, len(samples), dtype=torch.bool)
     parts = torch.cat([whole, random_halves(len(samples))])
     value, *halves = (CMMD_SCALE * each for each in squared_mmd(samples, reference, gaussian_kernel, parts, False))
-    return half_sampling_figure(value, halves, len(samples))
+    return half_sampling_figure(value, halves, len(samples), f"against {len(reference)}", lowest=0)
 
 
 # ---- classes and captions
@@ -260,7 +209,7 @@ def inception_score_figure(logits: Tensor) -> Figure:
         return float(isc_features_to_metric(part, splits=10)[KEY_METRIC_ISC_MEAN])
 
     halves = [score(logits[part]) for part in random_halves(len(logits))]
-    return half_sampling_figure(score(logits), halves, len(logits))
+    return half_sampling_figure(score(logits), halves, len(logits), lowest=1)
 
 
 def clip_score_figure(image_embeddings: Tensor, text_embeddings: Tensor) -> Figure:

@@ -1,28 +1,25 @@
-"""Figures of nearest neighbours: precision, recall, density, coverage, and whether samples copy the training images."""
+"""Figures of nearest neighbours: precision, recall, density, coverage, and whether samples copy training images."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from utils.metrics_images import BOOTSTRAP, CONFIDENCE, Figure, half_sampling_figure, random_halves, share_figure
+from utils.metrics_images import MAX_PAIRED
+from utils.metrics_intervals import (
+    BOOTSTRAP,
+    CONFIDENCE,
+    Figure,
+    at_most,
+    half_sampling_figure,
+    random_halves,
+    share_figure,
+)
 
-MAX_NEIGHBOURS = 10_000  # images of either side, drawn at random: matrices of all pairs must fit into memory
 NEIGHBOURHOOD = 3  # of precision and recall: k = 3, section 3 of arXiv 1904.06991
 DENSITY_NEIGHBOURHOOD = 5  # of density and coverage: k = 5, section 3 of arXiv 2002.09797
 MAX_QUERIES = 2_000  # samples and held-out images that are looked up among all the training images
 COPY_QUANTILE = 0.01  # a sample is a copy if it lies nearer to a training image than all but 1 % of held-out ones do
 MIN_HELD_OUT = 100  # fewer have no such quantile
-
-
-def at_most(values: Tensor, count: int, seed: int = 0) -> Tensor:
-    """At most `count` rows, drawn at random: samples may stand in the order of their classes."""
-    return values[rows_at_most(len(values), count, seed)]
-
-
-def rows_at_most(total: int, count: int, seed: int = 0) -> Tensor:
-    """The rows that `at_most` draws, in order."""
-    if total <= count:
-        return torch.arange(total)
-    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].sort().values
 
 
 def radii(distances: Tensor, k: int) -> Tensor:
@@ -50,7 +47,7 @@ def manifold_figures(samples: Tensor, reference: Tensor) -> dict[str, Figure]:
     """Precision and recall by torch-fidelity, density and coverage; features (N, D) and (M, D)."""
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-    samples, reference = at_most(samples, MAX_NEIGHBOURS), at_most(reference, MAX_NEIGHBOURS)
+    samples, reference = at_most(samples, MAX_PAIRED), at_most(reference, MAX_PAIRED)
     measured = prc_features_to_metric(samples, reference, prc_neighborhood=NEIGHBOURHOOD, verbose=False)
     among_reference = torch.cdist(reference, reference)
     radius_3, radius_5 = (radii(among_reference, k) for k in (NEIGHBOURHOOD, DENSITY_NEIGHBOURHOOD))
@@ -64,7 +61,9 @@ def manifold_figures(samples: Tensor, reference: Tensor) -> dict[str, Figure]:
     ]
     note = f"against {len(reference)}"
     return {
-        name: half_sampling_figure(value, [half[name] for half in halves], len(samples), note)
+        name: half_sampling_figure(
+            value, [half[name] for half in halves], len(samples), note, 0, np.inf if name == "density" else 1
+        )
         for name, value in values.items()
     }
 
@@ -81,7 +80,7 @@ def nearest(queries: Tensor, base: Tensor, block: int = 10_000) -> tuple[Tensor,
     return distance, row
 
 
-def copy_figures(of_samples: Tensor, of_held_out: Tensor, space: str) -> dict[str, Figure]:
+def copy_figures(of_samples: Tensor, of_held_out: Tensor) -> dict[str, Figure]:
     """Distances (N,) to the nearest training image, of samples beside those of real images the model never saw, (H,).
 
     The share of samples that are nearer than all but 1 % of the held-out images, which is 1 % where nothing is
@@ -90,14 +89,13 @@ def copy_figures(of_samples: Tensor, of_held_out: Tensor, space: str) -> dict[st
     threshold = torch.quantile(of_held_out, COPY_QUANTILE)
     note = f"{COPY_QUANTILE:.0%} of {len(of_held_out)} held-out images"
     return {
-        f"copies_{space}": share_figure(of_samples < threshold, note),
-        f"nearest_ratio_{space}": ratio_figure(of_samples, of_held_out),
+        "copies": share_figure(of_samples < threshold, note),
+        "nearest_ratio": ratio_figure(of_samples, of_held_out),
     }
 
 
 def ratio_figure(of_samples: Tensor, of_held_out: Tensor) -> Figure:
     """Median over median, with its bootstrap interval over both."""
-    import numpy as np
     from scipy.stats import bootstrap
 
     def ratio(first, second, axis):

@@ -78,10 +78,16 @@ class Objective(ABC):
         """Weight of each sample's loss, (B,)."""
         return torch.ones(timesteps.shape, device=timesteps.device)
 
-    def loss(self, model_pred: Tensor, target: Tensor, timesteps: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Weighted mean squared error, a scalar in float32. `mask` (B, N), True = real, for sets."""
+    def sample_losses(
+        self, model_pred: Tensor, target: Tensor, timesteps: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Weighted mean squared error of each sample, (B,) in float32. `mask` (B, N), True = real, for sets."""
         squared_error = (model_pred.float() - target.float()).square()
-        return (self.loss_weight(timesteps) * masked_mean(squared_error, mask)).mean()
+        return self.loss_weight(timesteps) * masked_mean(squared_error, mask)
+
+    def loss(self, model_pred: Tensor, target: Tensor, timesteps: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The mean of `sample_losses`, a scalar."""
+        return self.sample_losses(model_pred, target, timesteps, mask).mean()
 
 
 class DDPMObjective(Objective):

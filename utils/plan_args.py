@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 
+from utils.args import DEFAULT_EVAL_IMAGES
 from utils.errors import UserError
 from utils.parsing import fraction, non_negative_int, positive_float, positive_int
 
@@ -97,6 +98,16 @@ def validation_rows(args: Namespace, num_classes: int) -> int:
     if args.trainer == "text":
         return len(args.validation_prompts or [])
     return 1 if args.unconditional else len(args.validation_labels or range(min(10, num_classes)))
+
+
+def evaluated(args: Namespace) -> tuple[int, int]:
+    """Held-out latents and samples of an evaluation, as the trainers choose them."""
+    from utils.latent_cache import LatentSpec  # which imports torch
+
+    num_rows = args.num_validation_samples or 0
+    if args.validation_latents_dir:
+        num_rows = LatentSpec.read(args.validation_latents_dir, "--validation_latents_dir").num_rows
+    return num_rows, (args.num_eval_images or min(DEFAULT_EVAL_IMAGES, num_rows)) if args.eval_features else 0
 
 
 def write_config(args: Namespace, report: list[str]) -> None:

@@ -106,21 +106,28 @@ def settle_batch(effective: int, largest: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Overheads:
-    """Seconds that are no training steps: once (start, export), each checkpoint, each validation."""
+    """Seconds that are no training steps: once (start, export), each checkpoint, each validation, each evaluation."""
 
     once: float = 0.0
     checkpoint: float = 0.0
     validation: float = 0.0
+    evaluation: float = 0.0
 
 
 def planned_steps(
-    hours: float, step_seconds: float, overheads: Overheads, checkpointing_steps: int, validation_steps: int
+    hours: float,
+    step_seconds: float,
+    overheads: Overheads,
+    checkpointing_steps: int,
+    validation_steps: int,
+    eval_steps: int | None = None,
 ) -> int:
     """Optimizer steps that end within `hours`, with what follows the last one. Raises UserError if there is no time
     for any.
     """
-    outside = overheads.once + overheads.checkpoint + overheads.validation
+    outside = overheads.once + overheads.checkpoint + overheads.validation + overheads.evaluation
     each = step_seconds + overheads.checkpoint / checkpointing_steps + overheads.validation / validation_steps
+    each += overheads.evaluation / eval_steps if eval_steps else 0.0
     steps = math.floor((3600 * hours - outside) / each)
     if steps < 1:
         raise UserError(

@@ -23,7 +23,10 @@ from utils.sampling import batches, image_generators, is_flow, save_png
 
 def newest_run(folder: Path) -> Path:
     """The most recently finished run below `folder`. Raises UserError if there is none."""
-    found = sorted(folder.glob("**/model_index.json"), key=lambda path: path.stat().st_mtime)
+    indices = folder.glob("**/model_index.json")
+    # `best/` of a run is a model too, and has no args.yaml of its own.
+    finished = (path for path in indices if (path.parent / "args.yaml").is_file())
+    found = sorted(finished, key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError(f"--model: there is no finished run below {folder}/; train one, or name a run's folder")
     return found[-1].parent

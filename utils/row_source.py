@@ -11,7 +11,7 @@ from utils.image_sources import dataset_identity, open_image_dataset
 
 class Source:
     """The rows of a dataset in chunks of consecutive rows; a row is a dict with the image still encoded. Of `part`,
-    (index, count), every count-th chunk.
+    (index, count), every count-th chunk; of a stream of `count` files or more some files, and no others are read.
     """
 
     def __init__(self, args: Namespace, part: tuple[int, int] = (0, 1)):
@@ -29,9 +29,15 @@ class Source:
         dataset = dataset.select_columns([name for name in dict.fromkeys(wanted) if name])
         self.dataset: Any = undecoded(dataset, self.columns.image)
         self.num_rows = None if args.streaming else min(len(self.dataset), args.max_samples or len(self.dataset))
+        # The first rows of a dataset (--max_samples) are not the first rows of each file.
+        self.by_files = args.streaming and args.max_samples is None and 1 < self.num_parts <= self.dataset.num_shards
+        if self.by_files:
+            self.dataset = self.dataset.shard(self.num_parts, self.part_index)
 
     def first_row(self, index: int) -> int:
-        """The row of the dataset that the chunk `index` of this part begins with."""
+        """The row of the dataset that the chunk `index` of this part begins with. In a part of the files nobody knows
+        it: then a number that no other chunk has, in this part or another.
+        """
         return (index * self.num_parts + self.part_index) * self.rows_per_shard
 
     def num_part_rows(self) -> int | None:
@@ -62,7 +68,7 @@ class Source:
             rows = list(itertools.islice(stream, self.rows_per_shard))
             if not rows:
                 return
-            index, part = divmod(chunk, self.num_parts)
+            index, part = (chunk, self.part_index) if self.by_files else divmod(chunk, self.num_parts)
             if part == self.part_index and wanted(index):
                 yield index, rows
 
@@ -70,4 +76,5 @@ class Source:
         """The entry of a fingerprint that says which part of a cache this is; none for a whole one."""
         if self.num_parts == 1:
             return {}
-        return {"part": {"index": self.part_index, "of": self.num_parts, "rows_per_shard": self.rows_per_shard}}
+        cut = {"cut": "by files" if self.by_files else "by chunks", "rows_per_shard": self.rows_per_shard}
+        return {"part": {"index": self.part_index, "of": self.num_parts} | cut}

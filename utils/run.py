@@ -124,6 +124,7 @@ IDENTITY_FLAGS = (
     "ema_sigma_rels",
     "optimizer",
     "seed",
+    "num_validation_samples",  # which rows are trained on
 )
 
 

@@ -29,7 +29,8 @@ SECONDS_OF_ECHO = 5.0  # a launcher passes on to its processes what these got as
 
 class RunControl:
     """Ends a training after `max_train_steps`, or so that it ends within `max_train_hours` of wall-clock, or after a
-    step in which SIGTERM or SIGINT came; keeps steps with a loss or gradient that is not finite from the weights.
+    step in which SIGTERM or SIGINT came, or when told to; keeps steps with a loss or gradient that is not finite from
+    the weights.
 
     The hours count from the start of the process, and over all the processes that went on with a run: the time spent
     is kept in the run's folder. Create it when training is about to start; it takes the signals from then on.
@@ -53,11 +54,12 @@ class RunControl:
         before = read_json(output_dir / ELAPSED_FILE) if is_resumed and (output_dir / ELAPSED_FILE).is_file() else {}
         self.clock_zero = psutil.Process().create_time() - before.get("seconds", 0.0)
         self.step_started = self._seconds()
-        self.longest_step = self.longest_tail = self.tail = 0.0  # the tail: checkpoint, validation, logging
+        self.longest_step = self.longest_tail = self.tail = 0.0  # tail: checkpoint, validation, ...
         self.nonfinite_in_a_row = self.nonfinite_steps = 0
         self.received: signal.Signals | None = None
         self.received_at = 0.0
         self.interrupted = self.is_last = False
+        self.reason_to_end: str | None = None
         self.grad_norm = math.nan
         for each in SIGNALS:
             signal.signal(each, self._receive)
@@ -131,9 +133,16 @@ class RunControl:
             raise UserError(self._nonfinite_message(done))
         return not bad
 
+    def end_early(self, reason: str | None) -> None:
+        """Makes this step the last where there is a reason, which is said at the end; before the first step, there is
+        none. Every process calls this, with the same reason."""
+        if reason is not None:
+            self.is_last, self.reason_to_end = True, reason
+
     def _is_out_of_time(self) -> bool:
-        """Whether another step and what follows the last one (checkpoint, validation) might not fit."""
-        return self.seconds + self.longest_step + self.longest_tail >= self.max_seconds
+        """Whether another step, and what follows this one and that one (checkpoint, validation, evaluation), might not
+        fit."""
+        return self.seconds + self.longest_step + 2 * self.longest_tail >= self.max_seconds
 
     def _nonfinite_message(self, done: int) -> str:
         steps = checkpoint_steps(self.output_dir)
@@ -162,5 +171,7 @@ class RunControl:
                 "stopped by a signal after step %d; go on with the same command and --resume_from_checkpoint latest",
                 self.steps_done,
             )
+        elif self.reason_to_end is not None:
+            logger.info("ended after step %d: %s", self.steps_done, self.reason_to_end)
         elif self.steps_done < self.max_train_steps:
             logger.info("--max_train_hours are used up: %d steps in %.2f h", self.steps_done, self.seconds / 3600)

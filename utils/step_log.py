@@ -23,19 +23,27 @@ class StepLog:
         self.samples_per_step, self.flops_per_sample = samples_per_step, flops_per_sample
         self.step_loss = torch.zeros((), device=accelerator.device)  # sum over the micro-steps of this step
         self.total = torch.zeros((), device=accelerator.device)
+        self.step_terms: dict[str, Tensor] = {}  # name -> (sum, count) over the micro-steps of this step
+        self.terms: dict[str, Tensor] = {}
         self.micro_steps = self.steps = 0
         self.started = time.perf_counter()
 
-    def add(self, loss: Tensor) -> None:
-        """Counts the loss of a micro-step."""
+    def add(self, loss: Tensor, **terms: Tensor) -> None:
+        """Counts the loss of a micro-step, and what else of it is to be seen in the trackers by itself."""
         self.step_loss += loss.detach().float()
+        for name, term in terms.items():
+            once = torch.stack([term.detach().float(), torch.ones_like(self.step_loss)])
+            self.step_terms[name] = self.step_terms.get(name, 0.0) + once
 
     def step_done(self, moved: bool, micro_steps: int) -> None:
         """Counts an optimizer step, and its losses if it moved the weights."""
         if moved:
             self.total += self.step_loss
             self.micro_steps += micro_steps
+            for name, term in self.step_terms.items():
+                self.terms[name] = self.terms.get(name, 0.0) + term
         self.step_loss.zero_()
+        self.step_terms = {}
         self.steps += 1
 
     def flush(self, learning_rate: float, global_step: int) -> dict[str, str]:
@@ -54,6 +62,10 @@ class StepLog:
             "train/memory_gb": peak_memory(self.accelerator.device) / 1e9,
             "train/hours_left": hours_left,
         }
+        if self.terms:
+            sums = self.accelerator.reduce(torch.stack([*self.terms.values()]))  # (terms, 2)
+            means = (sums[:, 0] / sums[:, 1]).tolist()
+            values |= {f"train/{name}": mean for name, mean in zip(self.terms, means, strict=True)}
         if self.flops_per_sample is not None:
             speed = values["train/samples_per_second"]
             values["train/model_tflops"] = speed * self.flops_per_sample / 1e12
@@ -64,6 +76,7 @@ class StepLog:
         self.accelerator.log(values, step=global_step)
         self.control.save_elapsed()
         self.total.zero_()
+        self.terms = {}
         self.micro_steps = self.steps = 0
         self.started = time.perf_counter()
         shown = {

@@ -3,8 +3,9 @@
 import logging
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -13,6 +14,7 @@ from utils.cache_parts import pool, readers_of, unevenness
 from utils.data_images import BACKGROUNDS, Framing, resolve_columns, undecoded
 from utils.errors import UserError
 from utils.files import sha256_json
+from utils.held_out import HeldOut, hold_out, open_split
 from utils.image_sources import dataset_identity, open_image_dataset
 from utils.image_stream import ImageStream
 from utils.latent_cache import LatentCache, LatentSpec, check_fingerprint
@@ -35,7 +37,7 @@ def open_cache(args: Namespace, accelerator: Accelerator, output_dir: Path) -> L
         raise UserError("give --latents_dir (a latent cache), or --dataset_name or --train_data_dir to make one")
     folder = args.latents_dir.replace("{process}", str(accelerator.process_index))
     specs = gather_specs(folder)
-    spec = pool(specs) if any("part" in each.fingerprint for each in specs) else specs[accelerator.process_index]
+    spec = pool(specs)
     check_fingerprint(spec.fingerprint, asked_of_cache(args, spec), args.latents_dir)
     # args.yaml should tell what was trained on, and not the defaults of flags that played no part.
     args.resolution, args.random_flip = spec.fingerprint["resolution"], spec.flips
@@ -56,6 +58,16 @@ def open_cache(args: Namespace, accelerator: Accelerator, output_dir: Path) -> L
             100 * unevenness(specs),
         )
     return cache
+
+
+def open_held_out(args: Namespace, cache: LatentCache) -> HeldOut | None:
+    """The latents that evaluations are made on; None without --eval_steps. Raises UserError for a cache that does not
+    fit."""
+    if args.eval_steps is None:
+        return None
+    if args.validation_latents_dir:
+        return open_split(cache, args.validation_latents_dir)
+    return hold_out(cache, args.num_validation_samples)
 
 
 def gather_specs(folder: str) -> list[LatentSpec]:
@@ -112,8 +124,16 @@ def asked_of_cache(args: Namespace, spec: LatentSpec) -> dict[str, Any]:
     return asked
 
 
-def open_images(args: Namespace) -> tuple[ImageStream, str]:
-    """The training images of the dataset flags, and a hash of what decides them. Raises UserError for bad input."""
+class ImageData(NamedTuple):
+    """Images to train on, images kept out of it (None: there are none), and a hash of what decides them."""
+
+    train: ImageStream
+    validation: ImageStream | None
+    identity: str
+
+
+def open_images(args: Namespace) -> ImageData:
+    """The images of the dataset flags. Raises UserError for bad input."""
     factor = 2 ** (len(VAE_PRESETS[args.vae_size].block_out_channels) - 1)
     if args.resolution % factor:
         raise UserError(
@@ -121,12 +141,36 @@ def open_images(args: Namespace) -> tuple[ImageStream, str]:
         )
     source = (args.dataset_name, args.dataset_config_name, args.train_data_dir)
     dataset = open_image_dataset(*source, split=args.dataset_split, revision=args.dataset_revision)
-    columns = resolve_columns(dataset, args.image_column, None, None)
+    column = resolve_columns(dataset, args.image_column, None, None).image
     identity = dataset_identity(dataset, *source, args.dataset_split, args.dataset_revision)
-    dataset = undecoded(dataset.select_columns([columns.image]), columns.image)
+    dataset = undecoded(dataset.select_columns([column]), column)
     if args.max_samples is not None:
         dataset = dataset.select(range(min(args.max_samples, len(dataset))))
-    framing = Framing(args.resolution, args.center_crop, BACKGROUNDS[args.alpha_background])
-    stream = ImageStream(dataset, columns.image, framing, args.random_flip, args.seed)
     settings = [args.resolution, args.center_crop, args.random_flip, args.alpha_background, args.max_samples]
-    return stream, sha256_json([identity, settings])
+    held_out = None
+    if args.validation_split is not None:
+        others = open_image_dataset(*source, split=args.validation_split, revision=args.dataset_revision)
+        others = undecoded(others.select_columns([resolve_columns(others, column, None, None).image]), column)
+        held_out = others.select(drawn_rows(len(others), args.num_validation_images or len(others)))
+    elif args.num_validation_images is not None:
+        if args.num_validation_images >= len(dataset):
+            raise UserError(
+                f"--num_validation_images {args.num_validation_images}: the dataset has {len(dataset)} images, and "
+                "some must be left to train on; use fewer"
+            )
+        rows = drawn_rows(len(dataset), args.num_validation_images)
+        held_out, dataset = dataset.select(rows), dataset.select(np.delete(np.arange(len(dataset)), rows))
+        settings.append(args.num_validation_images)
+    background = BACKGROUNDS[args.alpha_background]
+    framing = Framing(args.resolution, args.center_crop, background)
+    train = ImageStream(dataset, column, framing, args.random_flip, args.seed)
+    centred = Framing(args.resolution, True, background)
+    validation = None if held_out is None else ImageStream(held_out, column, centred, random_flip=False, seed=0)
+    return ImageData(train, validation, sha256_json([identity, settings]))
+
+
+def drawn_rows(num_rows: int, count: int) -> np.ndarray:
+    """`count` (at most `num_rows`) of the rows, ascending: the same whatever the seed, so that runs compare, and drawn
+    from everywhere, as data is often sorted.
+    """
+    return np.sort(np.random.default_rng(0).permutation(num_rows)[:count])

@@ -1,11 +1,11 @@
 """AutoencoderKL (diffusers) from presets, for training from scratch."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
+
+from utils.vae_losses import kl_to_standard_normal
 
 
 class VAEPreset(NamedTuple):
@@ -22,6 +22,7 @@ VAE_PRESETS = {
     "fast":  VAEPreset((32, 64, 64),             1,    4,    16,   False),
     "small": VAEPreset((64, 128, 128),           1,    4,    32,   True),
     "base":  VAEPreset((96, 192, 384, 384),      2,    4,    32,   True),
+    "sd":    VAEPreset((128, 256, 512, 512),     2,    4,    32,   True),   # that of Stable Diffusion 1 and 2
 }
 # fmt: on
 
@@ -63,13 +64,14 @@ class TrainableVAE(nn.Module):
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         return (len(images), self.vae.config.latent_channels, images.shape[2] // factor, images.shape[3] // factor)
 
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight (3, C, 3, 3) that a reconstruction comes out of."""
+        return self.vae.decoder.conv_out.weight
 
-def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, elementwise (Kingma & Welling 2013, arXiv 1312.6114, appendix
-    B).
-    """
-    mean, logvar = mean.float(), logvar.float()
-    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
-
-
-RECONSTRUCTION_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": F.l1_loss, "mse": F.mse_loss}
+    def compile_parts(self) -> None:
+        """Compiles all but the layers around the latents and the last one, in place. A compiled region has one
+        backward for all its weights: were the last layer inside, its gradient alone would cost that of the whole.
+        """
+        for part in (self.vae.encoder, self.vae.decoder.mid_block, *self.vae.decoder.up_blocks):
+            part.compile()
