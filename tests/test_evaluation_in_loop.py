@@ -3,14 +3,16 @@
 import importlib
 import json
 import math
+import os
 import signal
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import cache_flags, refused
+from conftest import ROOT, cache_flags, refused
 from datasets import load_from_disk
 from helpers import Fault, SignalAt, contents, run, scalars
 from PIL import Image
@@ -18,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_run_control import OneProcess, clock  # noqa: F401
 from test_sharding import FSDP
 
-from utils import evaluation
+from utils import evaluation, measuring
 from utils.draws import SampleDraws
 from utils.errors import UserError
 from utils.evaluation import Evaluator, without_improvement
@@ -30,6 +32,7 @@ from utils.models.classifier import ImageClassifier
 from utils.models.denoiser import ConditionalDenoiser
 from utils.objectives import OBJECTIVES, training_scheduler
 from utils.planning import Overheads, planned_steps
+from utils.requests import newest_run
 from utils.run_control import RunControl
 from utils.validation import fid, held_out_requests, kid
 
@@ -348,6 +351,8 @@ def test_best_is_the_average_and_can_be_sampled(accelerator, cache, opened, flow
     assert loss_of(trained) == pytest.approx(lowest["validation/loss"], rel=1e-6)
     trained.load_state_dict(load_file(uninterrupted / f"checkpoint-{step}" / "model.safetensors"))
     assert loss_of(trained) != pytest.approx(lowest["validation/loss"], rel=1e-3)
+    os.utime(uninterrupted / "best" / "model_index.json")
+    assert newest_run(uninterrupted.parent) == uninterrupted
     result = run(
         *("sample.py", "--model", uninterrupted / "best", "--class_labels", 0, "--num_images_per_prompt", 1),
         *("--num_inference_steps", 2, "--output_dir", tmp_path / "samples"),
@@ -413,7 +418,7 @@ def test_an_unconditional_run_is_evaluated_too(cache, model_flags, classifier, t
     kept = json.loads((tmp_path / "run" / "best" / "evaluation.json").read_text())
     assert kept["best_metric"] == "validation/fid_classifier"
     assert kept["validation/fid_classifier"] > 0
-    assert "12 images in classifier" in kept["measured_on"]["validation/fid_classifier"]
+    assert kept["samples"].startswith(f"12 images in {load_features(classifier, 'cpu').name}, guidance 1, 2 steps")
 
 
 def test_samples_are_made_for_the_conditions_of_held_out_rows(cache, opened):
@@ -438,6 +443,21 @@ def test_captions_by_token_ids_have_the_loss_of_their_states(
         run(TEXT, *flags, *HELD_OUT, "--output_dir", tmp_path / f"run of {name}")
     values = [list(history_of(tmp_path / f"run of {name}")[0].values()) for name in ("states", "ids")]
     assert values[0] == pytest.approx(values[1], rel=2e-4)
+
+
+def test_the_two_trainers_evaluate_alike():
+    """The same text in both."""
+    blocks = [
+        ("    held_out = training_data", "    # Prepare\n"),
+        ("    evaluator = None\n", "    step_log = StepLog("),
+        ("        if evaluator is not None and (", "        if done % args.logging_steps"),
+    ]
+    for start, end in blocks:
+        text, by_class = (
+            source[source.index(start) : source.index(end)] for source in ((ROOT / each).read_text() for each in (TEXT, CLASS))
+        )
+        assert len(text) > 100
+        assert text == by_class
 
 
 # ---- the history ----------------------------------------------------------------------------------------------------
@@ -537,7 +557,7 @@ def test_a_metric_of_samples_decides(rigged, tmp_path):
     values = iter([2.0, 1.0, 3.0])
 
     class Samples:
-        key, identity = "validation/kid_x", "x"
+        key, title, identity = "validation/kid_x", "X", "x"
 
         def __call__(self, model):
             return next(values)
@@ -587,6 +607,15 @@ def test_planned_steps_leave_time_for_evaluations():
     assert planned_steps(1, 1.0, overheads, 1000, 1000, eval_steps=100) == 1750
 
 
+def test_seconds_of_an_evaluation(monkeypatch):
+    """100 latents in 4 batches, each at 4 timesteps, and 50 samples in 2 batches of 10 steps."""
+    monkeypatch.setattr(measuring, "seconds_of", lambda *_: 1.0)
+    cache = measuring.SyntheticCache(measuring.synthetic_spec((4, 4, 4), "mean", 3, (7, 8), "hidden_states"))
+    count = partial(measuring.evaluation_seconds, torch.nn.Identity(), cache)
+    assert count(100, 50, 32, 10, 2.0, torch.device("cpu")) == 4 * 4 + 2 * 10
+    assert count(0, 0, 32, 10, 2.0, torch.device("cpu")) == 0
+
+
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -627,8 +656,3 @@ def test_a_cache_in_parts_holds_nothing_out(cache):
     part.reader = object()
     with pytest.raises(UserError, match="--num_validation_samples with a cache in parts"):
         hold_out(part, 4)
-
-
-def test_features_in_the_loop_are_those_of_evaluate(classifier):
-    """The name that stands beside the figure, so that it is not taken for another."""
-    assert load_features(classifier, "cpu").kind == "classifier"

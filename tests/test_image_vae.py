@@ -1,5 +1,6 @@
 """The image autoencoder's losses, discriminator, figures and statistics, each against an independent truth."""
 
+import importlib
 import itertools
 import json
 import logging
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from diffusers import AutoencoderKL
 from torch import nn
 
@@ -17,7 +19,7 @@ from utils import codecs, perceptual, vae_losses, vae_training
 from utils.errors import UserError
 from utils.image_quality import psnr, ssim
 from utils.models.discriminator import Adversary, PatchDiscriminator, build_discriminator
-from utils.models.image_vae import TrainableVAE, build_vae
+from utils.models.image_vae import VAE_PRESETS, TrainableVAE, build_vae
 
 
 def images(count=4, side=16, seed=0):
@@ -436,3 +438,11 @@ def test_stock_diffusers_loads_the_measured_vae(tmp_path, caplog):
         torch.testing.assert_close(undone, expected, atol=1e-4, rtol=1e-4)
         again = folded.decode(latents / folded.config.scaling_factor).sample
         torch.testing.assert_close(again, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*_vae.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_accepted(monkeypatch, path):
+    train_image_vae = importlib.import_module("train_image_vae")
+    monkeypatch.setattr(sys, "argv", ["x", "--config", str(path), "--output_dir", "o"])
+    args = train_image_vae.parse_args()
+    assert args.resolution % 2 ** (len(VAE_PRESETS[args.vae_size].block_out_channels) - 1) == 0

@@ -38,6 +38,7 @@ class SampleMetric(Protocol):
     """A figure of samples, lower is better: `utils/validation.py` has that of images."""
 
     key: str  # its name in the trackers
+    title: str  # what it is measured with, for a reader
     identity: str  # what decides its value, beside the weights and the held-out latents
 
     def __call__(self, model: Any) -> float:
@@ -92,6 +93,7 @@ class Evaluator:
         self.measured_on = {LOSS: held_out.identity}
         if sample_metric is not None:
             self.measured_on[sample_metric.key] = f"{sample_metric.identity}, {held_out.identity}"
+            logger.info("%s: of %s", sample_metric.key, sample_metric.title)
         self.history = self._read_history(first_step)
         self.is_first = True
         accelerator.wait_for_everyone()  # all have read before one writes
@@ -166,7 +168,9 @@ class Evaluator:
         best, temporary = self.output_dir / BEST, self.output_dir / TEMPORARY
         shutil.rmtree(temporary, ignore_errors=True)
         self.write_model(temporary, model, evaluation["global_step"])
-        write_json(temporary / BEST_FILE, {"best_metric": self.key, "measured_on": self.measured_on} | evaluation)
+        titles = {} if self.sample_metric is None else {"samples": self.sample_metric.title}
+        about = {"best_metric": self.key, "measured_on": self.measured_on} | titles
+        write_json(temporary / BEST_FILE, about | evaluation)
         for path in temporary.rglob("*"):
             if path.is_file():
                 fsync_path(path)

@@ -169,7 +169,9 @@ class SampleDistance:
         self.requests = held_out_requests(held_out, condition, count)
         self.settings: dict[str, Any] = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
         self.key = f"validation/{metric}_{features.kind}"
-        self.identity = f"{count} images in {features.name}, guidance {guidance_scale:g}, {num_inference_steps} steps"
+        sampling = f"guidance {guidance_scale:g}, {num_inference_steps} steps"
+        self.title = f"{count} images in {features.name}, {sampling}"
+        self.identity = f"{count} images in {features.identity}, {sampling}"
         self.reference = self.features_of(self.decoded)  # (count, D)
 
     def __call__(self, model: ConditionalDenoiser | None) -> float:
