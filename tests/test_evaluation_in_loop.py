@@ -454,7 +454,8 @@ def test_the_two_trainers_evaluate_alike():
     ]
     for start, end in blocks:
         text, by_class = (
-            source[source.index(start) : source.index(end)] for source in ((ROOT / each).read_text() for each in (TEXT, CLASS))
+            source[source.index(start) : source.index(end)]
+            for source in ((ROOT / each).read_text() for each in (TEXT, CLASS))
         )
         assert len(text) > 100
         assert text == by_class

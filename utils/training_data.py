@@ -14,7 +14,7 @@ from utils.cache_parts import pool, readers_of, unevenness
 from utils.data_images import BACKGROUNDS, Framing, resolve_columns, undecoded
 from utils.errors import UserError
 from utils.files import sha256_json
-from utils.held_out import HeldOut, hold_out, open_split
+from utils.held_out import HeldOut, hold_out, in_fixed_order, open_split
 from utils.image_sources import dataset_identity, open_image_dataset
 from utils.image_stream import ImageStream
 from utils.latent_cache import LatentCache, LatentSpec, check_fingerprint
@@ -151,14 +151,14 @@ def open_images(args: Namespace) -> ImageData:
     if args.validation_split is not None:
         others = open_image_dataset(*source, split=args.validation_split, revision=args.dataset_revision)
         others = undecoded(others.select_columns([resolve_columns(others, column, None, None).image]), column)
-        held_out = others.select(drawn_rows(len(others), args.num_validation_images or len(others)))
+        held_out = others.select(np.sort(in_fixed_order(len(others))[: args.num_validation_images]))
     elif args.num_validation_images is not None:
         if args.num_validation_images >= len(dataset):
             raise UserError(
                 f"--num_validation_images {args.num_validation_images}: the dataset has {len(dataset)} images, and "
                 "some must be left to train on; use fewer"
             )
-        rows = drawn_rows(len(dataset), args.num_validation_images)
+        rows = np.sort(in_fixed_order(len(dataset))[: args.num_validation_images])
         held_out, dataset = dataset.select(rows), dataset.select(np.delete(np.arange(len(dataset)), rows))
         settings.append(args.num_validation_images)
     background = BACKGROUNDS[args.alpha_background]
@@ -167,10 +167,3 @@ def open_images(args: Namespace) -> ImageData:
     centred = Framing(args.resolution, True, background)
     validation = None if held_out is None else ImageStream(held_out, column, centred, random_flip=False, seed=0)
     return ImageData(train, validation, sha256_json([identity, settings]))
-
-
-def drawn_rows(num_rows: int, count: int) -> np.ndarray:
-    """`count` (at most `num_rows`) of the rows, ascending: the same whatever the seed, so that runs compare, and drawn
-    from everywhere, as data is often sorted.
-    """
-    return np.sort(np.random.default_rng(0).permutation(num_rows)[:count])
