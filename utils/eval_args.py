@@ -138,6 +138,7 @@ def check_sweep(args: Namespace) -> None:
         raise UserError(f"--sweep {name}: expected at least two values, each once, found {' '.join(values) or 'none'}")
     if name in args.given:
         raise UserError(f"--{name} with --sweep {name}: the sweep sets it; leave one out")
+    sweep_points(args)  # words for numbers are said before anything is loaded
 
 
 def sweep_points(args: Namespace) -> list[dict[str, Any]]:
