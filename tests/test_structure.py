@@ -33,6 +33,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "power_ema",
         "likelihoods",
         "vae_losses",
+        "crystals",
+        "crystal_losses",
     ),
     # modules
     1: ("models", "models.*", "conditions"),
@@ -49,7 +51,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
             "data_*",
             "metrics_*",
         ),
-        *("features", "eval_images", "eval_measured", "eval_figures"),
+        *("features", "eval_images", "eval_measured", "eval_figures", "crystal_files"),
     ),
     # run plumbing
     3: (
@@ -100,6 +102,9 @@ HEAVY = {
     "xformers",
     "peft",
     "pymatgen",
+    "spglib",
+    "smact",
+    "ase",
     "anndata",
     "torchmetrics",
     "torch_fidelity",
