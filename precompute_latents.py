@@ -1,25 +1,23 @@
-"""Encodes a dataset of images, with captions or labels, into a latent cache that the trainers read.
+"""Encodes a dataset into a latent cache that the trainers read: images with captions or labels, or crystals.
 
     python precompute_latents.py --train_data_dir photos --caption_column text --resolution 256 --latents_dir cache
     accelerate launch --multi_gpu precompute_latents.py --dataset_name uoft-cs/cifar10 --label_column label ...
+    python precompute_latents.py --modality crystal --dataset_name mp_20.parquet --latents_dir cache \\
+        --pretrained_vae_model_name_or_path runs/crystals/vae
 
-Killed at any moment and started again it continues. Several processes each encode their own shards.
+--help shows the flags of images, --modality crystal --help those of crystals. Killed at any moment and started again
+it continues. Several processes each encode their own shards.
 """
 
 import argparse
 from pathlib import Path
 
-from utils import arg_checks, input_args
+from utils import arg_checks, crystal_args, input_args
 from utils.errors import UserError
-from utils.parsing import non_negative_int, parse_with_config, positive_int, required, run_script
+from utils.parsing import non_negative_int, parse_with_config, peek, positive_int, required, run_script
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--latents_dir", "--output_dir", default=None, help="Folder of the latent cache: new, unfinished or finished."
-    )
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="Seed of random crops.")
+def add_image_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mixed_precision",
         choices=["no", "fp16", "bf16"],
@@ -37,13 +35,42 @@ def parse_args() -> argparse.Namespace:
         help="Make one part of a cache that is too large for one disk; training reads a part on each machine.",
     )
     group.add_argument("--part_index", type=non_negative_int, default=0, help="Which part, from 0 on.")
-    args = parse_with_config(parser)
-    required(args, "latents_dir")
+
+
+def check_image_args(args: argparse.Namespace) -> None:
     arg_checks.check_codec_args(args)
     if args.part_index >= args.num_parts:
         raise UserError(f"--part_index {args.part_index}: the parts are 0 to {args.num_parts - 1} (--num_parts)")
     if not args.dataset_name and not args.train_data_dir:
         raise UserError("give --dataset_name (hub name, folder or parquet file) or --train_data_dir (an image folder)")
+
+
+def add_crystal_args(parser: argparse.ArgumentParser) -> None:
+    crystal_args.add_crystal_data_args(parser)
+    crystal_args.add_crystal_cache_args(parser)
+
+
+def check_crystal_args(args: argparse.Namespace) -> None:
+    required(args, "dataset_name", "pretrained_vae_model_name_or_path")
+    args.mixed_precision = "no"  # half precision would move atoms
+
+
+# Flags and their checks; further modalities are further rows, here and in `main`.
+MODALITIES = {"image": (add_image_args, check_image_args), "crystal": (add_crystal_args, check_crystal_args)}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modality", choices=list(MODALITIES), default="image", help="What the dataset holds.")
+    parser.add_argument(
+        "--latents_dir", "--output_dir", default=None, help="Folder of the latent cache: new, unfinished or finished."
+    )
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="Seed of random crops and translations.")
+    add_args, check_args = MODALITIES[peek(parser, "modality")]
+    add_args(parser)
+    args = parse_with_config(parser)
+    required(args, "latents_dir")
+    check_args(args)
     return args
 
 
@@ -54,20 +81,29 @@ def main(args: argparse.Namespace) -> None:
     from utils.run import make_accelerator
 
     accelerator = make_accelerator(args)
-    spec = build_latent_cache(args, accelerator, Path(args.latents_dir), part=(args.part_index, args.num_parts))
+    if args.modality == "crystal":
+        from utils.precompute_crystals import build_crystal_cache
+
+        spec, what = build_crystal_cache(args, accelerator, Path(args.latents_dir)), "crystals"
+    else:
+        part = (args.part_index, args.num_parts)
+        spec, what = build_latent_cache(args, accelerator, Path(args.latents_dir), part), "images"
     captions = f", {spec.captions['count']} distinct captions ({spec.captions['content']})" if spec.captions else ""
     labels = f", {spec.labels['num_classes']} classes" if spec.labels else ""
+    translations = f", {spec.num_translations} translations of each" if spec.num_translations > 1 else ""
     shape = " x ".join(map(str, spec.shape))
     logging.getLogger(__name__).info(
-        "%s: %d latents of %s (%s%s)%s%s; %d images skipped",
+        "%s: %d latents of %s (%s%s)%s%s%s; %d %s skipped",
         args.latents_dir,
         spec.num_rows,
         shape,
         spec.content,
         ", and mirrored" if spec.flips else "",
+        translations,
         captions,
         labels,
         spec.num_skipped,
+        what,
     )
     accelerator.end_training()
 

@@ -1,41 +1,51 @@
-"""Makes images with a trained run, as PNGs that carry their parameters and as one grid.
+"""Makes images or crystals with a trained run.
 
     python sample.py --guidance_scale 7.5
     python sample.py --model runs/mine --prompt "a red apple" --prompt "two birds" --num_images_per_prompt 4
     python sample.py --model runs/cifar/checkpoint-20000 --class_labels 3 5 --scheduler dpmsolver++
+    python sample.py --model runs/crystals --composition LiFePO4 --property band_gap=1.5 --num_samples 16
 
-Image number i has seed SEED + i: the same picture, to rounding, whatever the batch size.
+Images come as PNGs that carry their parameters and as one grid; crystals as CIF files, a parquet and a picture. Sample
+number i has seed SEED + i: the same one, to rounding, whatever the batch size.
 """
 
 import argparse
 from pathlib import Path
 
-from utils import sample_args
+from utils import crystal_args, sample_args
 from utils.parsing import parse_with_config, positive_int, run_script
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sample_args.add_request_args(parser)
-    sample_args.add_sampler_args(parser)
     parser.add_argument(
         "--num_images_per_prompt", type=positive_int, default=4, help="Images for each prompt or label."
     )
+    crystal_args.add_crystal_request_args(parser)
+    sample_args.add_sampler_args(parser)
+    parser.add_argument("--lora", default=None, help="Folder lora/ of a run that was fine-tuned from --model.")
     parser.add_argument("--output_dir", default=None, help="New or empty folder. Default: MODEL/sampled/NUMBER.")
     args = parse_with_config(parser)
     sample_args.check_request_args(args)
     return args
 
 
-def main(args: argparse.Namespace) -> None:
+def sampling_settings(args: argparse.Namespace, run_dir: Path, pipeline, settings: dict) -> dict:
+    """What is written beside the samples: enough to make them again."""
+    named = {name: getattr(args, name) for name in ("guide_model", "ema_sigma_rel", "lora") if getattr(args, name)}
+    return settings | named | {"model": str(run_dir), "scheduler": type(pipeline.scheduler).__name__}
+
+
+def sample_images(args: argparse.Namespace, run_dir: Path) -> None:
     from tqdm.auto import tqdm
 
     from utils import requests, sampling
     from utils.export import load_run
 
     # Load
-    run_dir = Path(args.model) if args.model else requests.newest_run(Path("runs"))
-    pipeline = load_run(run_dir, args.ema_sigma_rel)
+    crystal_args.refuse_requests(args, crystal_args.OF_CRYSTALS, f"{run_dir} makes images, not crystals")
+    pipeline = load_run(run_dir, args.ema_sigma_rel, lora_dir=args.lora)
     guide = requests.load_guide(args.guide_model, pipeline) if args.guide_model else None
     pipeline.scheduler = sampling.sampling_scheduler(pipeline.scheduler, args.scheduler, args.num_inference_steps)
     device = sampling.usable_device(args.device)
@@ -70,14 +80,86 @@ def main(args: argparse.Namespace) -> None:
 
     # Save
     names = requests.names(pipeline, wanted)
-    settings |= {"guide_model": args.guide_model} if args.guide_model else {}
-    settings |= {} if args.ema_sigma_rel is None else {"ema_sigma_rel": args.ema_sigma_rel}
-    settings |= {"model": str(run_dir), "scheduler": type(pipeline.scheduler).__name__}
+    settings = sampling_settings(args, run_dir, pipeline, settings)
     requests.save_images(output_dir, images, wanted, settings, args.seed)
     count = args.num_images_per_prompt
     rows = [images[i : i + count] for i in range(0, len(images), count)]
     sampling.labelled_grid([row[:10] for row in rows[:50]], names[::count][:50]).save(output_dir / "grid.png")
     print(f"{len(images)} images and grid.png in {output_dir}")
+
+
+def sample_crystals(args: argparse.Namespace, run_dir: Path) -> None:
+    from tqdm.auto import tqdm
+
+    from utils import crystal_files, crystal_requests, requests, sampling
+    from utils.crystal_export import load_crystal_guide, load_crystal_run
+    from utils.metrics_structures import is_structurally_valid
+
+    # Load
+    crystal_args.refuse_requests(args, crystal_args.OF_IMAGES, f"{run_dir} makes crystals, not images")
+    pipeline = load_crystal_run(run_dir, args.ema_sigma_rel, lora_dir=args.lora)
+    guide = load_crystal_guide(args.guide_model, pipeline) if args.guide_model else None
+    pipeline.scheduler = sampling.sampling_scheduler(pipeline.scheduler, args.scheduler, args.num_inference_steps)
+    device = sampling.usable_device(args.device)
+    pipeline.to(device)
+    if guide is not None:
+        guide.to(device)
+    asked = crystal_requests.requested_crystals(
+        pipeline,
+        run_dir,
+        args.composition or [],
+        args.chemical_system or [],
+        args.property or [],
+        args.clamp_composition,
+    )
+    settings = crystal_requests.guidance_settings(
+        pipeline,
+        asked,
+        args.guidance_scale,
+        args.guidance_interval,
+        args.guidance_rescale,
+        args.num_inference_steps,
+        with_guide=guide is not None,
+    )
+    wanted = [each for each in asked for _ in range(args.num_samples)]
+    num_atoms = crystal_requests.numbers_of_atoms(pipeline, wanted, args.num_atoms, args.seed)
+    if args.clamp_composition:
+        crystal_requests.clamped_counts(wanted, num_atoms)  # refuses what cannot be, before the folder is made
+    output_dir = Path(args.output_dir) if args.output_dir else requests.next_folder(run_dir / "sampled")
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+    # Sample
+    crystals = []
+    progress = tqdm(total=len(wanted), unit=" crystals")
+    for batch in crystal_requests.sample_crystals(
+        pipeline,
+        wanted,
+        num_atoms,
+        settings,
+        args.seed,
+        args.batch_size,
+        args.mixed_precision,
+        args.clamp_composition,
+        guide,
+    ):
+        crystals += batch
+        progress.update(len(batch))
+    progress.close()
+
+    # Save
+    settings = sampling_settings(args, run_dir, pipeline, settings) | {"clamp_composition": args.clamp_composition}
+    crystal_files.save_crystals(output_dir, crystals, wanted, settings, args.seed)
+    crystal_files.crystal_grid(crystals[:64]).save(output_dir / "crystals.png")
+    valid = sum(is_structurally_valid(crystal) for crystal in crystals)
+    print(f"{len(crystals)} crystals ({valid} of valid structure) and crystals.png in {output_dir}")
+
+
+def main(args: argparse.Namespace) -> None:
+    from utils.crystal_export import is_crystal_run
+    from utils.requests import newest_run
+
+    run_dir = Path(args.model) if args.model else newest_run(Path("runs"))
+    (sample_crystals if is_crystal_run(run_dir) else sample_images)(args, run_dir)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--validation_prompts", nargs="+", default=None, help="Prompts that are sampled on the way.")
     shared.add_run_args(parser)
     shared.add_model_args(parser)
+    shared.add_lora_args(parser)
     shared.add_objective_args(parser)
     shared.add_optimizer_args(parser)
     shared.add_ema_args(parser)
@@ -37,14 +38,8 @@ def parse_args() -> argparse.Namespace:
     input_args.add_cache_args(parser)
     args = parse_with_config(parser)
     required(args, "output_dir")
-    arg_checks.check_run_args(args)
     arg_checks.check_codec_args(args)
-    arg_checks.check_objective_args(args)
-    arg_checks.check_routing_args(args)
-    arg_checks.check_optimizer_args(args)
-    arg_checks.check_ema_args(args)
-    arg_checks.check_power_ema_args(args)
-    arg_checks.check_evaluation_args(args)
+    arg_checks.check_denoiser_args(args)
     arg_checks.check_condition_column(args, "caption_column")
     arg_checks.check_validation_args(args)
     return args
@@ -55,13 +50,13 @@ def main(args: argparse.Namespace) -> None:
     from tqdm.auto import tqdm
 
     from utils import build, evaluation, export, optimization, run, training_data, validation
-    from utils.budget import training_flops
     from utils.checkpoints import Checkpoints
     from utils.conditions import encode_text
     from utils.draws import SampleDraws
     from utils.ema import EMA
     from utils.features import load_features
     from utils.latent_cache import LatentStream
+    from utils.lora import identity_of, training_flops
     from utils.step_log import StepLog
 
     # Load
@@ -107,7 +102,7 @@ def main(args: argparse.Namespace) -> None:
 
     def write_model(folder: Path, weights, num_steps: int) -> None:
         settings = (args.prediction_type, num_steps, args.train_batch_size, args.use_ema)
-        card = export.model_card(cache.spec, num_rows, *settings)
+        card = export.model_card(cache.spec, num_rows, *settings, args.pretrained_model_name_or_path)
         export.save_frozen_parts(folder, weights, frozen)
         export.export_run(folder, weights, frozen, card)
 
@@ -125,7 +120,7 @@ def main(args: argparse.Namespace) -> None:
     denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
     model = accelerator.unwrap_model(denoiser)
     ema = EMA(model, args.ema_decay, args.ema_sigma_rels or ()) if args.use_ema else None
-    run_identity = run.identity_of(args, model, cache.identity(), accelerator)
+    run_identity = run.identity_of(args, model, cache.identity(), accelerator) | identity_of(model.model)
     saver = Checkpoints(accelerator, output_dir, denoiser, optimizer, ema, run_identity, args.checkpoints_total_limit)
     first_step = saver.resume(args.resume_from_checkpoint)
     evaluator = None

@@ -127,7 +127,7 @@ def test_a_stream_without_held_out_rows(opened):
     """Over three epochs each training row comes three times, and no other; with none held out it is as it always was."""
     held_out = hold_out(opened, 12)
     stored = opened.gather(np.arange(48))["latents"].flatten(1)
-    mirrored = opened.gather(np.arange(48), flip=np.ones(48, dtype=bool))["latents"].flatten(1)
+    mirrored = opened.gather(np.arange(48), variant_draw=np.full(48, 0.5))["latents"].flatten(1)
 
     def rows_of(stream, count):
         latents = stream.__getitems__(list(range(count)))["latents"].flatten(1)
@@ -150,11 +150,11 @@ class Watched(Fault):
         owner = importlib.import_module("utils.latent_cache").LatentCache
         gather = owner.gather
 
-        def watched(cache, rows, flip=None, caption_draw=None):
-            if flip is not None:
+        def watched(cache, rows, variant_draw=None, caption_draw=None):
+            if variant_draw is not None:
                 with open(self.path, "a") as file:
                     file.write(json.dumps(rows.tolist()) + "\n")
-            return gather(cache, rows, flip, caption_draw)
+            return gather(cache, rows, variant_draw, caption_draw)
 
         owner.gather = watched
 

@@ -335,7 +335,7 @@ def statistics_of(mean, logvar, parts=3):
 def test_statistics_of_a_known_posterior():
     mean, logvar = posterior()
     found = statistics_of(mean, logvar)
-    assert found.num_images == 4000
+    assert found.num_samples == 4000
     assert found.mean == pytest.approx([2.5, 0.0], abs=0.05)
     assert found.std_of_mean == pytest.approx([1.0, 2.0], rel=0.03)  # the offsets of positions are not in it
     assert found.posterior_std == pytest.approx([0.1, 0.2])

@@ -9,8 +9,9 @@ from diffusers.models.attention_processor import Attention as UNetAttention
 from torch import nn
 
 from utils.conditions import ClassCondition, TextCondition
+from utils.models.attention import Attention, rotate
 from utils.models.denoiser import ConditionalDenoiser
-from utils.models.dit import DIT_SIZES, Attention, DiT, rotary_table, rotate, timestep_embedding
+from utils.models.dit import DIT_SIZES, DiT, rotary_table, timestep_embedding
 from utils.models.unet import UNET_PRESETS, build_unet, unet_config
 
 

@@ -35,6 +35,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "vae_losses",
         "crystals",
         "crystal_losses",
+        "posterior",
     ),
     # modules
     1: ("models", "models.*", "conditions"),
@@ -51,7 +52,17 @@ FLOORS: dict[int, tuple[str, ...]] = {
             "data_*",
             "metrics_*",
         ),
-        *("features", "eval_images", "eval_measured", "eval_figures", "crystal_files"),
+        *(
+            "features",
+            "eval_images",
+            "eval_measured",
+            "eval_figures",
+            "crystal_files",
+            "crystal_cif",
+            "crystal_stream",
+            "crystal_codec",
+        ),
+        "set_cache",
     ),
     # run plumbing
     3: (
@@ -86,13 +97,16 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "optimization",
         "arg_checks",
         "vae_training",
+        *("crystal_args", "crystal_runs", "crystal_training", "crystal_validation", "crystal_export"),
+        *("crystal_pipeline", "crystal_requests", "precompute_crystals", "eval_crystals"),
         "vae_args",
+        "lora",
     ),
 }
 # The modules of `utils` that may take the parsed arguments: run set-up, and the one script that others run first.
 SEES_ARGS = (
     *("args", "input_args", "plan_args", "arg_checks", "parsing", "build", "training_data", "row_source", "run"),
-    *("precompute", "sample_args", "eval_args", "vae_args"),
+    *("precompute", "sample_args", "eval_args", "vae_args", "crystal_args", "crystal_runs", "precompute_crystals"),
 )
 
 MAX_LINES_OF_SCRIPT, MAX_LINES_OF_UTILS, MAX_NESTING = 250, 300, 5

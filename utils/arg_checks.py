@@ -1,8 +1,12 @@
 """Combinations of arguments that make no sense, each refused with the reason. Imports no torch."""
 
+import os
 from argparse import Namespace
+from pathlib import Path
+from typing import Any
 
 from utils.errors import UserError
+from utils.files import read_json
 from utils.parsing import refuse_together
 
 
@@ -21,6 +25,21 @@ def check_codec_args(args: Namespace) -> None:
         raise UserError(f"--codec {args.codec} with --{vae}: images without a VAE need none; leave one out")
     setattr(args, vae, args.codec)
     args.given.add(vae)
+
+
+def check_denoiser_args(args: Namespace) -> None:
+    """All the checks that the trainers of denoisers share, in the order in which they settle things."""
+    check_run_args(args)
+    check_lora_args(args)
+    check_objective_args(args)
+    if hasattr(args, "tread_ratio"):
+        check_routing_args(args)
+    check_optimizer_args(args)
+    check_ema_args(args)
+    check_power_ema_args(args)
+    check_evaluation_args(args)
+    if hasattr(args, "eval_features"):
+        check_sample_metric_args(args)
 
 
 DEFAULT_TRAIN_STEPS = 100_000
@@ -83,6 +102,63 @@ def check_routing_args(args: Namespace) -> None:
         raise UserError("--tread_ratio 1: no token would be left for the middle blocks; 0.5 is usual")
 
 
+def check_lora_args(args: Namespace) -> None:
+    """Refuses settings of adapters that are not there, and what cannot be done with them; settles what a run that is
+    fine-tuned decides. To be called before the checks of what that is: model and objective.
+    """
+    for name in ("lora_alpha", "lora_target_modules"):
+        if name in args.given and args.lora_rank is None:
+            raise UserError(f"--{name} without --lora_rank: there are no adapters; give their rank, 16 say")
+    if args.lora_rank and not args.pretrained_model_name_or_path:
+        raise UserError(
+            "--lora_rank without --pretrained_model_name_or_path: adapters need trained weights; name a run"
+        )
+    if args.lora_rank and args.optimizer == "muon":
+        raise UserError(
+            "--optimizer muon with --lora_rank: Muon evens out the directions of a matrix's step, and an adapter "
+            "is two thin factors, of which one starts at zero; use adamw"
+        )
+    if args.lora_rank and args.ema_sigma_rels:
+        raise UserError(
+            "--ema_sigma_rels with --lora_rank: sample.py puts such averages together from whole models; leave it out"
+        )
+    if args.lora_rank and os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        raise UserError(
+            "--lora_rank under FSDP: the whole copies that are exported there know no adapters; use "
+            "configs/accelerate/multi_gpu.yaml"
+        )
+    if args.pretrained_model_name_or_path:
+        for name, value in settings_of_run(Path(args.pretrained_model_name_or_path)).items():
+            settle(args, name, value)
+
+
+def settings_of_run(path: Path) -> dict[str, Any]:
+    """The flags that a trained run decides for those that start from it: its kind of model, and its objective."""
+    flag = "--pretrained_model_name_or_path"
+    run_dir = path if (path / "scheduler").is_dir() else path.parent  # which is that of a checkpoint
+    kinds = {"transformer": "dit", "unet": "unet"}
+    model = next((kind for folder, kind in kinds.items() if (run_dir / folder / "config.json").is_file()), None)
+    if not path.is_dir() or model is None or not (run_dir / "scheduler" / "scheduler_config.json").is_file():
+        raise UserError(f"{flag}: {path} is no run of these scripts; give a run's folder or one of its checkpoints")
+    scheduler = read_json(run_dir / "scheduler" / "scheduler_config.json")
+    if scheduler["_class_name"].startswith("FlowMatch"):
+        return {"model": model, "prediction_type": "flow", "flow_shift": scheduler["shift"]}
+    names = ("prediction_type", "beta_schedule", "rescale_betas_zero_snr")
+    return {"model": model} | {name: scheduler[name] for name in names}
+
+
+def settle(args: Namespace, name: str, value: Any) -> None:
+    """Gives a flag the value that the run has from which this one starts; raises UserError where another is asked."""
+    if not hasattr(args, name):
+        return
+    if name in args.given and getattr(args, name) != value:
+        raise UserError(
+            f"--{name} {getattr(args, name)}: {args.pretrained_model_name_or_path} was trained with {value}; leave it "
+            "out"
+        )
+    setattr(args, name, value)
+
+
 def check_ema_args(args: Namespace) -> None:
     """Refuses a decay of an average that is not kept."""
     if not args.use_ema and "ema_decay" in args.typed:
@@ -123,9 +199,6 @@ def check_evaluation_args(args: Namespace) -> None:
     for name in NEEDS_EVAL_STEPS:
         if name in args.given and args.eval_steps is None:
             raise UserError(f"--{name} without --eval_steps: nothing is evaluated; give the steps between evaluations")
-    for name in NEEDS_EVAL_FEATURES:
-        if name in args.given and args.eval_features is None:
-            raise UserError(f"--{name} without --eval_features: nothing is sampled; name the features to compare in")
     if "early_stopping_min_delta" in args.given and args.early_stopping_patience is None:
         raise UserError("--early_stopping_min_delta without --early_stopping_patience: nothing is stopped early")
     if args.eval_steps and not (args.num_validation_samples or args.validation_latents_dir):
@@ -136,6 +209,13 @@ def check_evaluation_args(args: Namespace) -> None:
     refuse_together(
         args, "num_validation_samples", "validation_latents_dir", "the latents are held out here or there; use one"
     )
+
+
+def check_sample_metric_args(args: Namespace) -> None:
+    """Refuses settings of samples that are not compared with anything."""
+    for name in NEEDS_EVAL_FEATURES:
+        if name in args.given and args.eval_features is None:
+            raise UserError(f"--{name} without --eval_features: nothing is sampled; name the features to compare in")
     if args.best_metric == "samples" and not args.eval_features:
         raise UserError("--best_metric samples without --eval_features: there are no samples to go by")
     if args.num_eval_images == 1:

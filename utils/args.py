@@ -103,6 +103,17 @@ def add_model_args(parser: ArgumentParser) -> None:
     )
 
 
+def add_lora_args(parser: ArgumentParser) -> None:
+    """Starting from a trained run."""
+    group = parser.add_argument_group("fine-tuning")
+    group.add_argument(
+        "--pretrained_model_name_or_path", default=None, help="A run or checkpoint of these scripts to start from."
+    )
+    group.add_argument("--lora_rank", type=positive_int, default=None, help="Train adapters of this rank (LoRA) only.")
+    group.add_argument("--lora_alpha", type=positive_float, default=None, help="Scale x rank. Default: the rank.")
+    group.add_argument("--lora_target_modules", nargs="+", default=None, help="Layers, by how their names end.")
+
+
 def add_objective_args(parser: ArgumentParser) -> None:
     """What is learnt."""
     group = parser.add_argument_group("objective")
@@ -222,8 +233,8 @@ def add_validation_args(parser: ArgumentParser, what: str) -> None:
     )
 
 
-def add_evaluation_args(parser: ArgumentParser) -> None:
-    """Figures on the way, on latents that are not trained on."""
+def add_validation_loss_args(parser: ArgumentParser) -> None:
+    """The loss on latents that are not trained on, and what hangs on it."""
     group = parser.add_argument_group("evaluation")
     group.add_argument(
         "--eval_steps",
@@ -246,6 +257,21 @@ def add_evaluation_args(parser: ArgumentParser) -> None:
         default=32,
         help="Samples that a process evaluates at once.",
     )
+    group.add_argument(
+        "--early_stopping_patience",
+        type=positive_int,
+        default=None,
+        help="End after so many evaluations in a row in which the best metric did not fall.",
+    )
+    group.add_argument(
+        "--early_stopping_min_delta", type=non_negative_float, default=0.0, help="A smaller fall counts as none."
+    )
+
+
+def add_evaluation_args(parser: ArgumentParser) -> None:
+    """Figures on the way, on latents that are not trained on."""
+    add_validation_loss_args(parser)
+    group = parser.add_argument_group("evaluation of samples")
     group.add_argument(
         "--eval_features",
         default=None,
@@ -270,13 +296,4 @@ def add_evaluation_args(parser: ArgumentParser) -> None:
         choices=["loss", "samples"],
         default="loss",
         help="What OUTPUT_DIR/best has the lowest of: the validation loss, or the --eval_metric of samples.",
-    )
-    group.add_argument(
-        "--early_stopping_patience",
-        type=positive_int,
-        default=None,
-        help="End after so many evaluations in a row in which the best metric did not fall.",
-    )
-    group.add_argument(
-        "--early_stopping_min_delta", type=non_negative_float, default=0.0, help="A smaller fall counts as none."
     )

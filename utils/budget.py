@@ -15,9 +15,9 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention as UNetAttention
 from torch import nn
 
+from utils.models.attention import Attention as DiTAttention
 from utils.models.denoiser import ConditionalDenoiser
 from utils.models.dit import AFTER_ROUTE, BEFORE_ROUTE, DiT
-from utils.models.dit import Attention as DiTAttention
 
 # A backward pass computes two products for each one of the forward pass: by the inputs and by the weights. What
 # gradient checkpointing computes again counts as time, not as work (PaLM, arXiv 2204.02311, appendix B).

@@ -3,14 +3,18 @@
 import inspect
 import logging
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 
+from utils.codecs import load_vae, weights_hash
 from utils.conditions import ClassCondition, NoCondition, TextCondition
 from utils.errors import UserError
-from utils.latent_cache import LatentCache
+from utils.export import find_run, load_denoiser
+from utils.latent_cache import LatentCache, LatentSpec
+from utils.lora import add_lora, start_from
 from utils.models.denoiser import ConditionalDenoiser, num_tokens
 from utils.models.dit import AFTER_ROUTE, BEFORE_ROUTE, DIT_SIZES, DiT
 from utils.models.unet import UNET_PRESETS, build_unet, unet_config
@@ -18,6 +22,7 @@ from utils.objectives import OBJECTIVES, Objective, training_scheduler
 from utils.parsing import read_yaml
 
 logger = logging.getLogger(__name__)
+BASE_FLAG = "--pretrained_model_name_or_path"
 
 
 def build_objective(args: Namespace, device: torch.device) -> tuple[Objective, Any]:
@@ -40,16 +45,22 @@ def build_objective(args: Namespace, device: torch.device) -> tuple[Objective, A
 
 def build_denoiser(args: Namespace, cache: LatentCache, condition: str) -> ConditionalDenoiser:
     """A new denoiser for the latents and the condition ("text", "class" or "none") of a cache, by `--model` and
-    `--model_size`.
+    `--model_size`, or from the run that `--pretrained_model_name_or_path` names.
     """
     spec = cache.spec
     channels, height, width = spec.shape
     if height != width:
         raise UserError(f"--latents_dir: latents of {height} x {width}: only square ones can be trained")
     text_dim = spec.captions["hidden_size"] if condition == "text" and spec.captions else None
-    config = MODELS[args.model](args.model_size, height, channels, text_dim, condition)
-    model_class = DiT if args.model == "dit" else UNet2DConditionModel
-    config |= read_model_config(args.model_config, model_class, config)
+    base = load_base(args)
+    if base is None:
+        config = MODELS[args.model](args.model_size, height, channels, text_dim, condition)
+        model_class = DiT if args.model == "dit" else UNet2DConditionModel
+        config |= read_model_config(args.model_config, model_class, config)
+    else:
+        check_latents(base, Path(args.pretrained_model_name_or_path), spec)
+        config = config_from(base, height, text_dim, condition)
+        check_same_model(args, config, height, channels, text_dim, condition)
     try:
         model = DiT.from_config(config) if args.model == "dit" else build_unet(config)
     except (ValueError, TypeError) as error:
@@ -58,7 +69,78 @@ def build_denoiser(args: Namespace, cache: LatentCache, condition: str) -> Condi
         check_routing(args.tread_ratio, model)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    return ConditionalDenoiser(model, build_condition(condition, cache, config, is_dit=args.model == "dit"))
+    denoiser = ConditionalDenoiser(model, build_condition(condition, cache, config, is_dit=args.model == "dit"))
+    return denoiser if base is None else fine_tuned(args, denoiser, base)
+
+
+def load_base(args: Namespace) -> ConditionalDenoiser | None:
+    """The trained denoiser to start from, or None."""
+    path = getattr(args, "pretrained_model_name_or_path", None)
+    return load_denoiser(*find_run(Path(path), BASE_FLAG), BASE_FLAG) if path else None
+
+
+def fine_tuned(args: Namespace, denoiser: ConditionalDenoiser, base: ConditionalDenoiser) -> ConditionalDenoiser:
+    """A new denoiser with the weights of `base`, and with --lora_rank adapters beside them."""
+    new_modules = start_from(denoiser, base, BASE_FLAG)
+    if args.lora_rank:
+        source = args.pretrained_model_name_or_path
+        add_lora(denoiser, args.lora_rank, args.lora_alpha, args.lora_target_modules, new_modules, source)
+    return denoiser
+
+
+def check_latents(base: ConditionalDenoiser, run_dir: Path, spec: LatentSpec) -> None:
+    """Raises UserError for latents of another shape than the base's, and warns of another VAE's."""
+    if base.model.config.in_channels != spec.shape[0]:
+        raise UserError(
+            f"{BASE_FLAG}: {run_dir} knows latents of {base.model.config.in_channels} channels, and those of "
+            f"--latents_dir have {spec.shape[0]}; precompute with the VAE of that run"
+        )
+    folder = next(each / "vae" for each in (run_dir, run_dir.parent) if (each / "vae").is_dir())
+    # Of a VAE into which a normalisation was folded only the layers next to the latents have changed.
+    ours, theirs = (
+        weights_hash(getattr(each, "decoder", each)) for each in (load_vae(spec.vae), load_vae(str(folder)))
+    )
+    if ours != theirs:
+        logger.warning("%s: %s was trained in latents of another VAE than this cache's", BASE_FLAG, run_dir)
+
+
+def config_from(base: ConditionalDenoiser, size: int, text_dim: int | None, condition: str) -> dict[str, Any]:
+    """Arguments of the base's model for latents of `size`, with what the condition needs where the base has none."""
+    config = {name: value for name, value in base.model.config.items() if not name.startswith("_")}
+    config["sample_size"] = size
+    if (
+        condition == "text"
+        and isinstance(base.conditions, TextCondition)
+        and config["cross_attention_dim"] != text_dim
+    ):
+        raise UserError(
+            f"{BASE_FLAG}: it knows text of width {config['cross_attention_dim']}, and that of --latents_dir has "
+            f"{text_dim}; precompute with the text encoder of that run"
+        )
+    if condition == "none" or not isinstance(base.conditions, NoCondition):
+        return config
+    if isinstance(base.model, DiT):
+        return config | condition_arguments(config["style"] == "plain", config["hidden_size"], text_dim, condition)
+    if condition == "text":
+        raise UserError(
+            f"{BASE_FLAG}: an unconditional U-Net has other blocks than one with text; start from a text-to-image "
+            "run, or from a DiT"
+        )
+    return config | {"class_embed_type": "identity"}
+
+
+def check_same_model(args: Namespace, config: dict[str, Any], *shape: Any) -> None:
+    """Raises UserError where --model_size or --model_config ask for another model than the base's `config`."""
+    model_class = DiT if args.model == "dit" else UNet2DConditionModel
+    wanted = {"--model_size": MODELS[args.model](args.model_size, *shape) if args.model_size else {}}
+    wanted["--model_config"] = read_model_config(args.model_config, model_class, config)
+    given = set(wanted["--model_config"])
+    for flag, values in wanted.items():
+        for key, value in values.items():
+            is_decided = key in DATA_ARGUMENTS or (flag == "--model_size" and key in given)
+            found = config.get(key)
+            if not is_decided and value != (tuple(found) if isinstance(found, list) else found):
+                raise UserError(f"{flag}: {key} {value}, but the run to start from has {found}; leave it out")
 
 
 def check_routing(tread_ratio: float, model: DiT) -> None:
@@ -131,8 +213,6 @@ def dit_arguments(
         raise UserError(
             f"--model_size {size}: latents of {sample_size} x {sample_size} do not divide into patches of {patch}"
         )
-    pooled_dim = {"class": hidden_size, "text": text_dim, "none": None}[condition]
-    adds_labels = is_plain and condition == "class"  # as the paper does
     return {
         "sample_size": sample_size,
         "patch_size": int(patch),
@@ -140,10 +220,18 @@ def dit_arguments(
         "num_layers": num_layers,
         "hidden_size": hidden_size,
         "num_attention_heads": heads,
+        "style": "plain" if is_plain else "modern",
+    } | condition_arguments(is_plain, hidden_size, text_dim, condition)
+
+
+def condition_arguments(is_plain: bool, hidden_size: int, text_dim: int | None, condition: str) -> dict[str, Any]:
+    """Arguments of a DiT that its condition decides."""
+    pooled_dim = {"class": hidden_size, "text": text_dim, "none": None}[condition]
+    adds_labels = is_plain and condition == "class"  # as the paper does
+    return {
         "cross_attention_dim": text_dim,
         "projection_class_embeddings_input_dim": None if adds_labels else pooled_dim,
         "class_embed_type": "identity" if adds_labels else None,
-        "style": "plain" if is_plain else "modern",
     }
 
 

@@ -125,12 +125,12 @@ class Normalisation:
         return cls((shift,) * channels, (1.0 / scaling,) * channels)
 
     def _broadcast(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (1, -1) + (1,) * (like.ndim - 2)
+        shape = (1, -1, 1, 1) if like.ndim == 4 else (-1,)  # channels lead in grids, and are last in sets and vectors
         mean, std = (torch.tensor(v, device=like.device, dtype=torch.float32) for v in (self.mean, self.std))
         return mean.view(shape), std.view(shape)
 
     def normalise(self, raw_latents: Tensor) -> Tensor:
-        """Raw latents (B, C, ...) -> what the denoiser sees."""
+        """Raw latents, grids (B, C, H, W) or (B, ..., C) -> what the denoiser sees."""
         mean, std = self._broadcast(raw_latents)
         return (raw_latents.float() - mean) / std
 

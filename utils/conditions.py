@@ -5,7 +5,7 @@ and a drop mask to it, and owns its null embedding, so that training and samplin
 "unconditional" means. This file is copied into exported runs: it imports torch and diffusers only.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -75,7 +75,118 @@ class TextCondition(ModelMixin, ConfigMixin):
         return Conditioning(pooled, hidden_states)
 
 
-CONDITIONS: dict[str, type[ModelMixin]] = {"none": NoCondition, "class": ClassCondition, "text": TextCondition}
+class ColumnCondition(ModelMixin, ConfigMixin):
+    """What the conditions of `ConditionSum` share: one value a sample, by the name of its column, embedded into
+    (B, D), with a learnt null embedding where it is dropped or missing.
+
+    One of your own is a subclass with `embed`, and a row in `COLUMN_CONDITIONS`: `kind` of `--condition KIND:COLUMN`.
+    """
+
+    def __init__(self, embedding_dim: int):
+        super().__init__()
+        self.null_embedding = nn.Parameter(0.02 * torch.randn(embedding_dim))
+
+    def embed(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Values (B, ...) -> embeddings (B, D), and which of the values are missing (B,)."""
+        raise NotImplementedError
+
+    def null(self, count: int) -> Tensor:
+        """What stands for no value, (`count`, D)."""
+        return self.null_embedding.expand(count, -1)
+
+    def forward(self, values: Tensor, drop: Tensor) -> Tensor:
+        """Values (B, ...) and `drop` (B,), True = null -> (B, D)."""
+        embedded, missing = self.embed(values)
+        return torch.where((drop | missing)[:, None], self.null_embedding.to(embedded.dtype), embedded)
+
+
+class PropertyCondition(ColumnCondition):
+    """A number (B,), NaN = missing, standardised by the `mean` and `std` of the training set."""
+
+    @register_to_config
+    def __init__(self, embedding_dim: int, mean: float = 0.0, std: float = 1.0):
+        super().__init__(embedding_dim)
+        self.mlp = nn.Sequential(nn.Linear(7, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim))
+
+    def embed(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        missing = values.isnan()
+        standardised = ((values.float() - self.config.mean) / self.config.std).nan_to_num()[:, None]  # (B, 1)
+        waves = standardised * torch.tensor([1.0, 2.0, 4.0], device=values.device)  # (B, 3)
+        features = torch.cat([standardised, waves.sin(), waves.cos()], dim=1)
+        return self.mlp(features.to(self.null_embedding.dtype)), missing
+
+
+class ElementsCondition(ColumnCondition):
+    """A number for each element (B, `num_elements`), all zero = missing: of `composition` the share of the atoms, of
+    `chemical_system` 1 for each that is there.
+    """
+
+    @register_to_config
+    def __init__(self, embedding_dim: int, num_elements: int = 118):
+        super().__init__(embedding_dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(num_elements, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim)
+        )
+
+    def embed(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mlp(values.to(self.null_embedding.dtype)), ~values.any(dim=1)
+
+
+class CategoryCondition(ColumnCondition):
+    """The number of a category (B,), -1 = missing. `names` are those of the training set."""
+
+    @register_to_config
+    def __init__(self, embedding_dim: int, names: list[str]):
+        super().__init__(embedding_dim)
+        self.embedding = nn.Embedding(len(names), embedding_dim)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def embed(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        return self.embedding(values.clamp(min=0)), values < 0
+
+
+COLUMN_CONDITIONS: dict[str, type[ColumnCondition]] = {
+    "property": PropertyCondition,
+    "composition": ElementsCondition,
+    "chemical_system": ElementsCondition,
+    "class": CategoryCondition,
+}
+
+
+class ConditionSum(ModelMixin, ConfigMixin):
+    """Several conditions at once: the sum of their embeddings, each of which can be dropped, or not given, by itself.
+
+    `columns` names each with its kind (a row of `COLUMN_CONDITIONS`) and the arguments of that class:
+    {"band_gap": {"kind": "property", "mean": 1.1, "std": 1.5}}.
+    """
+
+    @register_to_config
+    def __init__(self, embedding_dim: int, columns: dict[str, dict]):
+        super().__init__()
+        self.encoders = nn.ModuleList()  # in the order of `columns`, whose names may hold what no module's may
+        for arguments in columns.values():
+            settings = {key: value for key, value in arguments.items() if key != "kind"}
+            self.encoders.append(COLUMN_CONDITIONS[arguments["kind"]](embedding_dim, **settings))
+
+    def forward(self, values: dict[str, Tensor], drop: Tensor) -> Conditioning:
+        """`values` by the names of the columns; one that is not there is null. `drop` (B,), or (B, number of columns)
+        in their order, True = null.
+        """
+        drops = drop if drop.ndim == 2 else drop[:, None].expand(-1, len(self.encoders))
+        encoders: list[Any] = list(self.encoders)
+        embeddings = [
+            encoder(values[name], dropped) if name in values else encoder.null(len(drop))  # (B, D)
+            for name, encoder, dropped in zip(self.config.columns, encoders, drops.unbind(1), strict=True)
+        ]
+        return Conditioning(pooled_projections=torch.stack(embeddings).sum(dim=0))
+
+
+CONDITIONS: dict[str, type[ModelMixin]] = {
+    "none": NoCondition,
+    "class": ClassCondition,
+    "text": TextCondition,
+    "columns": ConditionSum,
+}
 
 
 def tokenize(tokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:

@@ -4,10 +4,6 @@ reason.
 
 import csv
 import logging
-import os
-import warnings
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,26 +11,14 @@ from typing import Any
 import datasets
 import numpy as np
 
-from utils.crystals import (
-    MAX_ATOMIC_NUMBER,
-    Crystal,
-    cell_matrix,
-    cell_parameters,
-    crystal_package,
-    formula_of,
-    min_distance,
-    niggli_reduced,
-    volume,
-)
+from utils.crystal_cif import CIF_COLUMN, TENSOR_COLUMNS, parse_rows
+from utils.crystals import Crystal, cell_matrix, cell_parameters, formula_of, wrapped
 from utils.errors import UserError
 from utils.files import sha256_json
 
 logger = logging.getLogger(__name__)
-MIN_SITE_DISTANCE = 0.5  # Angstrom; nearer ones are one site twice (H2 has 0.74)
-TENSOR_COLUMNS = ("atomic_numbers", "frac_coords", "lattice")
-CIF_COLUMN, ID_COLUMN = "cif", "material_id"
-# A CIF without any of these says nothing of its symmetry: its sites may be all there are, or one of each kind.
-SYMMETRY_KEYS = ("_symmetry_", "_space_group")
+ID_COLUMN = "material_id"
+TEXT_COLUMNS = (ID_COLUMN, CIF_COLUMN, "split")  # of a CSV file, even where they look like numbers
 
 
 @dataclass(frozen=True)
@@ -75,7 +59,7 @@ class CrystalTable:
         return sha256_json([[array.tobytes().hex() for array in arrays], columns])
 
 
-def open_crystals(path: str, split: str | None, flag: str = "--train_data") -> tuple[list[dict[str, Any]], str]:
+def open_crystals(path: str, split: str | None, flag: str = "--dataset_name") -> tuple[list[dict[str, Any]], str]:
     """The rows of a source and what it is: a folder of CIF files, .parquet or .csv files (or a folder of them), or a
     hub dataset. `split` is that of a hub dataset; of files with a column "split" the rows that say so. Raises
     UserError, which names the flag, where there is nothing.
@@ -93,12 +77,14 @@ def open_crystals(path: str, split: str | None, flag: str = "--train_data") -> t
         if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
             raise UserError(f"{flag}: {path} does not exist; give a folder of CIF files, a .parquet or .csv file")
         try:
-            return list(datasets.load_dataset(path, split=split or "train")), f"{path}, split {split or 'train'}"
+            rows = list(datasets.load_dataset(path, split=split or "train"))
         except Exception as error:  # the library raises many kinds for a name that is not there
             raise UserError(f"{flag}: {path} is no file, and no hub dataset that can be read: {error}") from error
+        check_columns(rows, path, flag)
+        return rows, f"{path}, split {split or 'train'}"
     if split is not None and rows and "split" in rows[0]:
-        known = sorted({str(row["split"]) for row in rows})
-        rows = [row for row in rows if row["split"] == split]
+        known = sorted({str(row.get("split")) for row in rows})
+        rows = [row for row in rows if str(row.get("split")) == split]
         if not rows:
             raise UserError(f"{flag}: {path} has no rows of split {split}; its column split says {', '.join(known)}")
         return rows, f"{path}, split {split}"
@@ -114,96 +100,56 @@ def table_files(path: Path, flag: str) -> list[Path]:
 
 
 def read_table(path: Path, flag: str) -> list[dict[str, Any]]:
-    """The rows of one file; numbers of a CSV as numbers, empty cells as None."""
-    if path.suffix == ".csv":
-        csv.field_size_limit(2**31 - 1)  # a CIF is longer than the 128 KiB that the module allows
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [{key: number_of(value) for key, value in row.items() if key} for row in csv.DictReader(file)]
-    else:
-        rows = list(datasets.Dataset.from_parquet(str(path), keep_in_memory=True))
-    names = set(rows[0]) if rows else set()
-    if CIF_COLUMN not in names and not names.issuperset(TENSOR_COLUMNS):
-        raise UserError(
-            f"{flag}: {path} has the columns {', '.join(sorted(names)) or 'of nothing'}; crystals need a column "
-            f"{CIF_COLUMN}, or {', '.join(TENSOR_COLUMNS)}"
-        )
+    """The rows of one file; columns of numbers of a CSV as numbers, empty cells as None. Raises UserError for a file
+    that cannot be read or has no crystals.
+    """
+    try:
+        rows = read_csv(path) if path.suffix == ".csv" else read_parquet(path)
+    except Exception as error:  # pyarrow, datasets and csv raise many kinds for a broken file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{flag}: {path} cannot be read: {reason}; write the file again") from error
+    check_columns(rows, path, flag)
     return rows
 
 
-def number_of(text: str) -> str | float | None:
-    """A cell of a CSV file."""
-    if not text:
-        return None
+def check_columns(rows: list[dict[str, Any]], path: str | Path, flag: str) -> None:
+    """Raises UserError, which names the flag, for rows that say nothing of crystals."""
+    if not rows:
+        raise UserError(f"{flag}: {path} has no rows; give one with crystals")
+    if CIF_COLUMN not in rows[0] and not set(rows[0]).issuperset(TENSOR_COLUMNS):
+        raise UserError(
+            f"{flag}: {path} has the columns {', '.join(sorted(rows[0]))}; crystals need a column {CIF_COLUMN}, or "
+            f"{', '.join(TENSOR_COLUMNS)}"
+        )
+
+
+def read_parquet(path: Path) -> list[dict[str, Any]]:
+    """The rows of a parquet file."""
+    return list(datasets.Dataset.from_parquet(str(path), keep_in_memory=True))
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV file. A column is one of numbers if each of its cells is one or empty: the formula InF among
+    others is no infinity.
+    """
+    csv.field_size_limit(2**31 - 1)  # a CIF can be longer than the 128 KiB that the module allows
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = [{key: value or None for key, value in row.items() if key} for row in csv.DictReader(file)]
+    for name in list(rows[0]) if rows else []:
+        values = [row[name] for row in rows]
+        if name not in TEXT_COLUMNS and all(value is None or is_number(value) for value in values):
+            for row, value in zip(rows, values, strict=True):
+                row[name] = None if value is None else float(value)
+    return rows
+
+
+def is_number(text: str) -> bool:
+    """Whether a cell of a CSV file can be read as a number."""
     try:
-        return float(text)
+        float(text)
     except ValueError:
-        return text
-
-
-def parse_row(row: dict[str, Any], max_atoms: int) -> Crystal | str:
-    """The crystal of a row in its reduced cell, or why it cannot be used."""
-    try:
-        crystal = crystal_of_cif(row[CIF_COLUMN]) if row.get(CIF_COLUMN) else crystal_of_arrays(row)
-        check_sites(crystal, max_atoms)
-        reduced = niggli_reduced(crystal)
-    except UserError:
-        raise
-    except Exception as error:  # pymatgen raises many kinds for what it cannot read
-        return " ".join(str(error).split())[:200] or type(error).__name__
-    if (distance := min_distance(reduced)) < MIN_SITE_DISTANCE:
-        return f"two sites are {distance:.2f} Angstrom apart: one site twice?"
-    return reduced
-
-
-def crystal_of_arrays(row: dict[str, Any]) -> Crystal:
-    """From atomic_numbers (n,), frac_coords (3 n,) and lattice (9,), the rows of its vectors. Raises ValueError."""
-    missing = [name for name in TENSOR_COLUMNS if row.get(name) is None]
-    if missing:
-        raise ValueError(f"no {missing[0]}")
-    atomic_numbers = np.asarray(row["atomic_numbers"], dtype=np.int64).reshape(-1)
-    frac_coords = np.asarray(row["frac_coords"], dtype=np.float64).reshape(-1, 3)
-    lattice = np.asarray(row["lattice"], dtype=np.float64).reshape(3, 3)
-    if len(frac_coords) != len(atomic_numbers):
-        raise ValueError(f"{len(atomic_numbers)} atoms with {len(frac_coords)} positions")
-    return Crystal(atomic_numbers, frac_coords, lattice)
-
-
-def crystal_of_cif(text: str) -> Crystal:
-    """From the text of a CIF file. Raises ValueError for partial occupancy and where the symmetry is not said."""
-    if not any(key in text for key in SYMMETRY_KEYS):
-        raise ValueError("it says nothing of symmetry: no space group and no loop of operations")
-    parser = crystal_package("pymatgen.io.cif").CifParser
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        structure = parser.from_str(text).parse_structures(primitive=False)[0]
-    if not structure.is_ordered:
-        raise ValueError("a site is occupied in part, or by more than one element")
-    numbers = np.array([site.specie.Z for site in structure])
-    return Crystal(numbers, np.asarray(structure.frac_coords), np.asarray(structure.lattice.matrix))
-
-
-def check_sites(crystal: Crystal, max_atoms: int) -> None:
-    """Raises ValueError for what no reduction mends."""
-    if not len(crystal.atomic_numbers):
-        raise ValueError("no atoms")
-    if len(crystal.atomic_numbers) > max_atoms:
-        raise ValueError(f"{len(crystal.atomic_numbers)} atoms, more than --max_atoms {max_atoms}")
-    if not (np.isfinite(crystal.frac_coords).all() and np.isfinite(crystal.lattice).all()):
-        raise ValueError("a coordinate is not finite")
-    if crystal.atomic_numbers.min() < 1 or crystal.atomic_numbers.max() > MAX_ATOMIC_NUMBER:
-        raise ValueError(f"an atomic number is not between 1 and {MAX_ATOMIC_NUMBER}")
-    if volume(crystal.lattice) < 1e-3:
-        raise ValueError("the cell is flat")
-
-
-def parse_rows(rows: list[dict[str, Any]], max_atoms: int) -> Iterator[Crystal | str]:
-    """`parse_row` of each; CIF files in processes, for reading one takes milliseconds."""
-    if not rows or CIF_COLUMN not in rows[0] or len(rows) < 200:
-        yield from (parse_row(row, max_atoms) for row in rows)
-        return
-    cifs = [{CIF_COLUMN: row.get(CIF_COLUMN)} for row in rows]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(parse_row, cifs, [max_atoms] * len(cifs), chunksize=50)
+        return False
+    return True
 
 
 def load_crystals(
@@ -212,7 +158,7 @@ def load_crystals(
     max_atoms: int = 20,
     max_samples: int | None = None,
     max_skipped_fraction: float = 1.0,
-    flag: str = "--train_data",
+    flag: str = "--dataset_name",
 ) -> CrystalTable:
     """The crystals of a source (`open_crystals`). Raises UserError, with examples, if none can be used or more than
     `max_skipped_fraction` cannot, where those with more than `max_atoms` atoms do not count.
@@ -220,7 +166,8 @@ def load_crystals(
     rows, what = open_crystals(path, split, flag)
     rows = rows[:max_samples]
     kept: list[Crystal] = []
-    kept_rows, skipped = [], []
+    kept_rows: list[dict[str, Any]] = []
+    skipped: list[dict[str, Any]] = []
     for index, (row, found) in enumerate(zip(rows, parse_rows(rows, max_atoms), strict=True)):
         if isinstance(found, str):
             skipped.append({"row": index, "id": str(row.get(ID_COLUMN, index)), "reason": found})
@@ -251,6 +198,7 @@ def make_table(
     for row, crystal in enumerate(crystals):
         atomic_numbers[row, : num_atoms[row]] = crystal.atomic_numbers
         frac_coords[row, : num_atoms[row]] = crystal.frac_coords
+    frac_coords = wrapped(frac_coords)  # 1 - 1e-9 is one in float32
     lengths, angles = cell_parameters(np.stack([crystal.lattice for crystal in crystals]))
     columns = {"formula": np.array([formula_of(each.atomic_numbers) for each in crystals], dtype=object)}
     for name in rows[0] if rows else ():

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -32,6 +32,11 @@ def power_function(sigma_rel: float) -> Callable[[int], float]:
     return lambda global_step: power_decay(gamma, global_step + 1)
 
 
+def moving(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and weights of what is trained: frozen weights are their own average."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
 class EMA:
     """Shadow weights: shadow += (1 - decay) * (weights - shadow) after every optimizer step.
 
@@ -44,29 +49,27 @@ class EMA:
         self.sigma_rels = tuple(sigma_rels)
         self.decays = [warmed_up(decay), *map(power_function, self.sigma_rels)]
         self.files = [EMA_FILE, *(f"ema_sigma_rel_{each:g}.safetensors" for each in self.sigma_rels)]
-        self.shadows = [
-            {name: tensor.detach().clone().float() for name, tensor in model.named_parameters()} for _ in self.decays
-        ]
+        self.shadows = [{name: tensor.detach().clone().float() for name, tensor in moving(model)} for _ in self.decays]
         self.shadow = self.shadows[0]
 
     @torch.no_grad()
     def step(self, model: nn.Module, global_step: int) -> None:
         """Moves the averages towards the weights that optimizer step `global_step` (counted from 0) left."""
-        weights = [parameter.detach().float() for parameter in model.parameters()]
+        weights = [parameter.detach().float() for _, parameter in moving(model)]
         for shadow, decay in zip(self.shadows, self.decays, strict=True):
             torch._foreach_lerp_(list(shadow.values()), weights, 1 - decay(global_step))
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Writes the average into a model of the same shape."""
-        for name, parameter in model.named_parameters():
+        for name, parameter in moving(model):
             parameter.copy_(self.shadow[name])
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
         """Exchanges weights and average; a second call undoes the first, bit for bit where the weights are fp32, as
         those of a training are."""
-        for name, parameter in model.named_parameters():
+        for name, parameter in moving(model):
             weights = parameter.detach().clone()
             parameter.copy_(self.shadow[name])
             self.shadow[name].copy_(weights)

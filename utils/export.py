@@ -15,14 +15,14 @@ from diffusers import SchedulerMixin, StableDiffusionPipeline, UNet2DConditionMo
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file
 
-from utils import codecs, conditions, guidance, pipelines
+from utils import codecs, conditions, guidance, lora, pipelines
 from utils.checkpoints import MANIFEST, checkpoint_steps, damage
 from utils.codecs import Normalisation
 from utils.ema import EMA_FILE, reconstruct
 from utils.errors import UserError
 from utils.files import read_json, write_json, write_text
 from utils.latent_cache import LatentSpec
-from utils.models import dit, pixel_codec
+from utils.models import attention, dit, pixel_codec
 from utils.models.denoiser import ConditionalDenoiser
 from utils.pipelines import LatentDiffusionPipeline
 from utils.sampling import SAMPLERS, is_flow, sampling_scheduler
@@ -34,6 +34,7 @@ MODEL_CLASSES: dict[str, type[ModelMixin]] = {
     "NoCondition": conditions.NoCondition,
     "ClassCondition": conditions.ClassCondition,
     "TextCondition": conditions.TextCondition,
+    "ConditionSum": conditions.ConditionSum,
 }
 SCHEDULER_CLASSES = {scheduler.__name__: scheduler for scheduler in SAMPLERS.values()}
 
@@ -103,6 +104,8 @@ def save_frozen_parts(output_dir: Path, denoiser: ConditionalDenoiser, parts: Fr
         parts.tokenizer.save_pretrained(output_dir / "tokenizer")
     denoiser.model.save_config(output_dir / component_name(denoiser.model))
     denoiser.conditions.save_config(output_dir / "conditions")
+    if lora.is_adapted(denoiser.model):
+        lora.save_lora_config(denoiser, output_dir / lora.FOLDER)
     normalisation = {"mean": parts.normalisation.mean, "std": parts.normalisation.std}
     write_json(output_dir / "latent_normalisation.json", normalisation)
 
@@ -119,7 +122,12 @@ def is_stable_diffusion(denoiser: ConditionalDenoiser, parts: FrozenParts) -> bo
 
 
 def export_run(output_dir: Path, denoiser: ConditionalDenoiser, parts: FrozenParts, card: str) -> None:
-    """Writes the trained weights, the model card and, last, `model_index.json`."""
+    """Writes the trained weights, the model card and, last, `model_index.json`. Adapters are merged into the weights,
+    and saved apart too.
+    """
+    if lora.is_adapted(denoiser.model):
+        lora.save_lora(denoiser, output_dir / lora.FOLDER)
+        denoiser = lora.merge_lora(denoiser)
     name = component_name(denoiser.model)
     denoiser.model.save_pretrained(output_dir / name)
     denoiser.conditions.save_pretrained(output_dir / "conditions")
@@ -149,6 +157,7 @@ def export_run(output_dir: Path, denoiser: ConditionalDenoiser, parts: FrozenPar
     if isinstance(denoiser.model, dit.DiT):
         # Not as dit.py: diffusers would look for the class in its own pipeline of that name.
         shutil.copy(str(dit.__file__), output_dir / name / "latent_dit.py")
+        shutil.copy(str(attention.__file__), output_dir / name / "attention.py")
         index[name] = ["latent_dit", "DiT"]
     if isinstance(parts.vae, pixel_codec.PixelCodec):
         shutil.copy(str(pixel_codec.__file__), output_dir / "vae" / "pixel_codec.py")
@@ -156,12 +165,10 @@ def export_run(output_dir: Path, denoiser: ConditionalDenoiser, parts: FrozenPar
     write_json(output_dir / "model_index.json", index)
 
 
-def load_run(path: str | Path, ema_sigma_rel: float | None = None, flag: str = "--model") -> LatentDiffusionPipeline:
-    """The pipeline of a finished run, of a run that is not finished (its newest checkpoint), or of a checkpoint. EMA
-    weights, where the run kept an average, or the average `ema_sigma_rel` made of the run's snapshots. Executes no
-    code from the folder. Raises UserError, which names the flag, for a folder that is no run.
+def find_run(path: Path, flag: str) -> tuple[Path, str, Path | None]:
+    """A run's folder, the name of the denoiser's folder in it, and the checkpoint that has the weights of a run that
+    is not finished (the newest), or that `path` is. Raises UserError, which names the flag, for a folder that is none.
     """
-    path = Path(path)
     if not path.is_dir():
         raise UserError(f"{flag}: {path} does not exist; give a run's folder or one of its checkpoints")
     checkpoint = path if (path / MANIFEST).is_file() else None
@@ -177,15 +184,31 @@ def load_run(path: str | Path, ema_sigma_rel: float | None = None, flag: str = "
         if not steps:
             raise UserError(f"{flag}: {run_dir} was never finished and has no checkpoint; train it first")
         checkpoint = run_dir / f"checkpoint-{steps[-1]}"
+    return run_dir, name, checkpoint
+
+
+def load_run(
+    path: str | Path, ema_sigma_rel: float | None = None, flag: str = "--model", lora_dir: str | None = None
+) -> LatentDiffusionPipeline:
+    """The pipeline of a finished run, of a run that is not finished (its newest checkpoint), or of a checkpoint. EMA
+    weights, where the run kept an average, or the average `ema_sigma_rel` made of the run's snapshots; with the
+    adapters of the folder `lora_dir` merged into them. Executes no code from the folder. Raises UserError, which
+    names the flag, for a folder that is no run.
+    """
+    run_dir, name, checkpoint = find_run(Path(path), flag)
     denoiser = load_denoiser(run_dir, name, checkpoint, flag)
     if ema_sigma_rel is not None:
         last_step = read_json(checkpoint / MANIFEST)["global_step"] if checkpoint else None
         average = reconstruct(run_dir, ema_sigma_rel, last_step)
         denoiser.load_state_dict(denoiser.state_dict() | average)
+    if lora_dir is not None:
+        denoiser = lora.merge_lora(lora.load_lora(denoiser, lora_dir))
     vae = codecs.load_vae(str(run_dir / "vae"))
     tokenizer = text_encoder = None
     if (run_dir / "text_encoder").is_dir():
         tokenizer, text_encoder = load_text_encoder(str(run_dir))
+    elif isinstance(denoiser.conditions, conditions.TextCondition):
+        raise UserError(f"--lora: {lora_dir} needs a text encoder, and {run_dir} has none; sample the fine-tuned run")
     scheduler_class = SCHEDULER_CLASSES[read_json(run_dir / "scheduler" / "scheduler_config.json")["_class_name"]]
     normalisation = {k: tuple(v) for k, v in read_json(run_dir / "latent_normalisation.json").items()}
     parts = FrozenParts(
@@ -213,23 +236,32 @@ def load_denoiser(run_dir: Path, name: str, checkpoint: Path | None, flag: str) 
     weights = load_file(checkpoint / "model.safetensors")
     if (checkpoint / EMA_FILE).is_file():
         weights |= load_file(checkpoint / EMA_FILE)  # the average has no buffers: those come from the model
+    if (run_dir / lora.FOLDER / lora.CONFIG_FILE).is_file():
+        weights = lora.merge_weights(weights, lora.scaling_of(read_json(run_dir / lora.FOLDER / lora.CONFIG_FILE)))
     denoiser.load_state_dict(weights)
     return denoiser.eval()
 
 
 def model_card(
-    spec: LatentSpec, num_rows: int, prediction_type: str, num_steps: int, batch_size: int, use_ema: bool
+    spec: LatentSpec,
+    num_rows: int,
+    prediction_type: str,
+    num_steps: int,
+    batch_size: int,
+    use_ema: bool,
+    base: str | None = None,
 ) -> str:
     """The README.md of a run: what it is, what it was trained on, how to sample it."""
+    origin = f"Fine-tuned from {base}" if base else "Trained from scratch"
     dataset = spec.fingerprint["dataset"]
     name = dataset.get("name") or dataset.get("dataset_name") or "a local dataset"
     return f"""---
 library_name: diffusers
-tags: [diffusion, latent-diffusion, trained-from-scratch]
+tags: [diffusion, latent-diffusion, {"fine-tuned" if base else "trained-from-scratch"}]
 ---
 # A latent diffusion model
 
-Trained from scratch on {name} ({num_rows} images at {spec.fingerprint["resolution"]} pixels) for
+{origin} on {name} ({num_rows} images at {spec.fingerprint["resolution"]} pixels) for
 {num_steps} steps of {batch_size} samples per process, prediction type `{prediction_type}`,
 in the latents of `{spec.vae}`. The weights are {"their moving average" if use_ema else "the last ones"};
 `args.yaml` repeats the run.

@@ -24,7 +24,7 @@ from utils.objectives import Objective
 HELD_OUT_SEED = 4_242_424_242  # no --seed that anybody would give: training draws other noise
 NUM_QUARTERS = 4
 # Entries of a fingerprint in which two splits of one data set differ.
-OF_A_SPLIT = ("dataset", "columns", "random_flip", "max_samples", "part")
+OF_A_SPLIT = ("dataset", "columns", "random_flip", "max_samples", "part", "num_translations")
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,7 @@ def open_split(cache: LatentCache, cache_dir: str | Path) -> HeldOut:
     in the same way, of other data.
     """
     check_split(cache.spec, LatentSpec.read(cache_dir, flag="--validation_latents_dir"))
-    other = LatentCache(cache_dir)
-    other.normalisation = cache.normalisation
+    other = cache.like(cache_dir)
     return HeldOut(other, in_fixed_order(len(other)), None, f"all rows of {other.spec.identity()}")
 
 

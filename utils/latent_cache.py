@@ -34,8 +34,8 @@ class LatentSpec:
     equal.
     """
 
-    kind: str  # "image"
-    shape: tuple[int, ...]  # of one latent, (C, H, W)
+    kind: str  # "image", "set"
+    shape: tuple[int, ...]  # of one latent, (C, H, W), or (N, D) of a set, padded
     dtype: str
     content: str  # "moments": mean and std of the posterior; "mean": one latent
     flips: bool  # a second encode of the mirrored image is stored
@@ -48,6 +48,15 @@ class LatentSpec:
     text_encoder: dict[str, str | None] | None  # name, library, tokenizer
     fingerprint: dict[str, Any]
     version: int = SPEC_VERSION
+    num_translations: int = 1  # latents of each row, of the same thing in other places
+    num_items: dict[str, int] | None = None  # of sets: how many have how many items
+    columns: dict[str, Any] | None = None  # other columns of the source: what is in them
+
+    def variants(self) -> list[str]:
+        """The columns of latents, of which one is drawn each time a row is seen."""
+        if self.flips:
+            return ["latents", "latents_flipped"]
+        return ["latents", *(f"latents_{i}" for i in range(1, self.num_translations))]
 
     @classmethod
     def read(cls, cache_dir: str | Path, flag: str = "--latents_dir") -> "LatentSpec":
@@ -152,16 +161,14 @@ class LatentCache:
         """`normalisation`: "vae" (its scaling and shift) or "measured" (mean and std per channel of this data)."""
         self.spec = LatentSpec.read(cache_dir)
         self.normalisation = Normalisation(**{k: tuple(v) for k, v in self.spec.normalisation[normalisation].items()})
-        table = open_table(Path(cache_dir) / "latents")
+        self.table = table = open_table(Path(cache_dir) / "latents")
         if len(table) != self.spec.num_rows:
             raise UserError(
                 f"{cache_dir}: {len(table)} rows on disk, {self.spec.num_rows} in {SPEC_FILE}; precompute again"
             )
         planes = 2 if self.spec.content == "moments" else 1
         shape = (planes, *self.spec.shape)
-        self.latents = [RowGatherer(table, "latents", shape)]
-        if self.spec.flips:
-            self.latents.append(RowGatherer(table, "latents_flipped", shape))
+        self.latents = [RowGatherer(table, column, shape) for column in self.spec.variants()]
         self.class_labels = table.data.column("label").to_numpy() if self.spec.labels else None
         if self.spec.captions:
             self._open_captions(table, Path(cache_dir) / "captions")
@@ -171,6 +178,12 @@ class LatentCache:
         """Makes this one part of the cache that `whole` describes, of which `reader` says who else reads."""
         self.spec, self.reader = whole, reader
         self.normalisation = Normalisation(**{k: tuple(v) for k, v in whole.normalisation[normalisation].items()})
+
+    def like(self, cache_dir: str | Path) -> "LatentCache":
+        """The cache of another split of the same data, normalised as this one."""
+        other = type(self)(cache_dir)
+        other.normalisation = self.normalisation
+        return other
 
     def _open_captions(self, table: datasets.Dataset, folder: Path) -> None:
         assert self.spec.captions is not None
@@ -197,16 +210,16 @@ class LatentCache:
         return f"{self.spec.identity()}, in parts, by {self.reader.num_processes} x {self.reader.batch_size}"
 
     def gather(
-        self, rows: np.ndarray, flip: np.ndarray | None = None, caption_draw: np.ndarray | None = None
+        self, rows: np.ndarray, variant_draw: np.ndarray | None = None, caption_draw: np.ndarray | None = None
     ) -> dict[str, Tensor]:
-        """A batch of rows (B,). `flip` (B,) bool takes mirrored encodes; `caption_draw` (B,) in [0, 1) picks a caption
-        of each.
+        """A batch of rows (B,). `variant_draw` (B,) in [0, 1) picks a mirrored or translated encode of each (the first
+        without it), `caption_draw` (B,) in [0, 1) a caption.
         """
-        if flip is None or not self.spec.flips:
-            moments = self.latents[0](rows)  # (B, planes, C, H, W)
-        else:
-            moments = self.latents[0](rows)
-            moments[torch.from_numpy(flip)] = self.latents[1](rows[flip])
+        moments = self.latents[0](rows)  # (B, planes, C, H, W)
+        if variant_draw is not None and len(self.latents) > 1:
+            variants = (variant_draw * len(self.latents)).astype(np.int64)
+            for variant, latents in enumerate(self.latents[1:], start=1):
+                moments[torch.from_numpy(variants == variant)] = latents(rows[variants == variant])
         batch = {"latents": moments}
         if self.class_labels is not None:
             batch["class_labels"] = torch.from_numpy(self.class_labels[rows])
@@ -254,10 +267,10 @@ class LatentStream(torch.utils.data.Dataset):
         """The batch at `positions`, with the positions in it."""
         where = np.asarray(positions, dtype=np.int64)
         where, in_part = (where, where) if self.cache.reader is None else self.cache.reader.positions(where)
-        flip = uniform_draws(self.seed, "flip", where) < 0.5
+        variant = 1 - 2.0**-53 - uniform_draws(self.seed, "flip", where)  # below a half of the draw: mirrored
         picked = self.order.rows(in_part)
         rows = picked if self.rows is None else self.rows[picked]
-        batch = self.cache.gather(rows, flip, uniform_draws(self.seed, "caption", where))
+        batch = self.cache.gather(rows, variant, uniform_draws(self.seed, "caption", where))
         return batch | {"positions": torch.from_numpy(where)}
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:

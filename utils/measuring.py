@@ -90,7 +90,7 @@ class SyntheticCache(LatentCache):
         return self.ROWS
 
     def gather(
-        self, rows: np.ndarray, flip: np.ndarray | None = None, caption_draw: np.ndarray | None = None
+        self, rows: np.ndarray, variant_draw: np.ndarray | None = None, caption_draw: np.ndarray | None = None
     ) -> dict[str, Tensor]:
         """A batch of rows (B,); flips and captions are all the same."""
         index = torch.from_numpy(rows)

@@ -84,6 +84,31 @@ def parse_with_config(parser: ArgumentParser, argv: list[str] | None = None) -> 
     return args
 
 
+def peek(parser: ArgumentParser, name: str) -> Any:
+    """The value that a flag of `parser` will have, when the rest of the flags depends on it and is not declared yet.
+    Anything that is wrong with it is left for `parse_with_config` to say.
+    """
+    action = next(action for action in parser._actions if action.dest == name)
+    value, path = typed_value(name), typed_value("config")
+    if value is None and path is not None:
+        try:
+            value = read_yaml(path, "--config").get(name)
+        except UserError:
+            value = None
+    return value if value in (action.choices or ()) else action.default
+
+
+def typed_value(name: str) -> str | None:
+    """What stands behind a flag on the command line, the last time that it is there."""
+    found, words = None, sys.argv[1:]
+    for word, following in zip(words, [*words[1:], None], strict=True):
+        if word == f"--{name}":
+            found = following
+        elif word.startswith(f"--{name}="):
+            found = word.partition("=")[2]
+    return found
+
+
 def refuse_arguments(message: str) -> NoReturn:
     """In place of `ArgumentParser.error`, which prints some seventy lines of usage above the one that matters."""
     raise UserError(message.removeprefix("argument "))

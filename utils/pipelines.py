@@ -7,7 +7,7 @@ diffusers only.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -17,7 +17,36 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .conditions import encode_text
-from .guidance import check_guidance, guidance_scales, guided_prediction
+from .guidance import Predict, check_guidance, guidance_scales, guided_prediction
+
+
+def denoise(
+    scheduler,
+    predict: Predict,
+    latents: Tensor,
+    num_inference_steps: int,
+    guidance_scale: float,
+    guidance_interval: Sequence[float],
+    guidance_rescale: float,
+    predict_weaker: Predict | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    progress_bar: Callable[[Tensor], Iterable[Tensor]] = iter,
+) -> Tensor:
+    """All steps of a sampler, from noise (B, ...) to latents. `predict` and `predict_weaker` are those of
+    `guided_prediction`. Raises ValueError for an interval of guidance in which no step lies.
+    """
+    scheduler.set_timesteps(num_inference_steps, device=latents.device)
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    extra = {"generator": generator} if takes_generator else {}
+    timesteps = scheduler.timesteps  # (S,)
+    scales = guidance_scales(timesteps, scheduler.config.num_train_timesteps, guidance_scale, guidance_interval)
+    for timestep, scale in zip(progress_bar(timesteps), scales, strict=True):
+        model_input = latents
+        if hasattr(scheduler, "scale_model_input"):
+            model_input = scheduler.scale_model_input(latents, timestep)
+        model_pred = guided_prediction(predict, model_input, timestep, scale, guidance_rescale, predict_weaker)
+        latents = scheduler.step(model_pred, timestep, latents, return_dict=False, **extra)[0]
+    return latents
 
 
 class LatentDiffusionPipeline(DiffusionPipeline):
@@ -160,26 +189,18 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         given = {k: v[:count] for k, v in values.items()}  # the conditional branch, all that a guide sees
         predict_weaker = None if guide_model is None else partial(guide_model, values=given, drop=drop[:count])
 
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        extra = {"generator": generator} if takes_generator else {}
-        timesteps = self.scheduler.timesteps  # (S,)
-        scales = guidance_scales(
-            timesteps, self.scheduler.config.num_train_timesteps, guidance_scale, guidance_interval
+        latents = denoise(
+            self.scheduler,
+            partial(self.predict, values=values, drop=drop),
+            latents,
+            num_inference_steps,
+            guidance_scale,
+            guidance_interval,
+            guidance_rescale,
+            predict_weaker,
+            generator,
+            self.progress_bar,
         )
-        for timestep, scale in zip(self.progress_bar(timesteps), scales, strict=True):
-            model_input = latents
-            if hasattr(self.scheduler, "scale_model_input"):
-                model_input = self.scheduler.scale_model_input(latents, timestep)
-            model_pred = guided_prediction(
-                partial(self.predict, values=values, drop=drop),
-                model_input,
-                timestep,
-                scale,
-                guidance_rescale,
-                predict_weaker,
-            )
-            latents = self.scheduler.step(model_pred, timestep, latents, return_dict=False, **extra)[0]
         if output_type == "latent":
             images = latents
         else:

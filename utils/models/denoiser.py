@@ -9,6 +9,8 @@ from utils.draws import SampleDraws
 
 def num_tokens(dit: ModelMixin) -> int:
     """Tokens of a sample in a DiT."""
+    if dit.config.latent_kind == "set":
+        return dit.config.sample_size
     return (dit.config.sample_size // dit.config.patch_size) ** 2
 
 
@@ -41,11 +43,12 @@ class ConditionalDenoiser(nn.Module):
         drop: Tensor,
         kept_tokens: Tensor | None = None,
     ) -> Tensor:
-        """(B, ...) -> model prediction (B, ...). `values` are the batch's conditions, `drop` (B,) True =
-        unconditional, `kept_tokens` those of `draw_kept_tokens`.
+        """(B, ...) -> model prediction (B, ...). `values` are the batch's conditions, and of sets (B, N, D) their
+        `attention_mask` (B, N); `drop` (B,) True = unconditional, `kept_tokens` those of `draw_kept_tokens`.
         """
         conditioning: Conditioning = self.conditions(values, drop)
-        routing = {} if kept_tokens is None else {"kept_tokens": kept_tokens}  # a U-Net has no such argument
+        of_dit = {} if kept_tokens is None else {"kept_tokens": kept_tokens}  # a U-Net has no such arguments
+        of_dit |= {"attention_mask": values["attention_mask"]} if "attention_mask" in values else {}
         return self.model(
             noisy_latents,
             timesteps,
@@ -53,5 +56,5 @@ class ConditionalDenoiser(nn.Module):
             class_labels=conditioning.pooled_projections,
             encoder_attention_mask=conditioning.encoder_attention_mask,
             return_dict=False,
-            **routing,
+            **of_dit,
         )[0]

@@ -1,7 +1,7 @@
 """A diffusion transformer (Peebles & Xie 2022, arXiv 2212.09748) with the parts that later work agreed on: RMSNorm,
 QK-norm, SwiGLU, rotary positions, and cross-attention for token conditions; or plain, as the paper's code has it.
 
-This file is copied into exported runs: it imports torch and diffusers only.
+This file is copied into exported runs, with attention.py: beside that it imports torch and diffusers only.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,6 +16,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .attention import Attention, SwiGLU
+
 # Table 1 of the paper: layers, hidden size, heads.
 DIT_SIZES = {
     "S": (12, 384, 6),
@@ -23,6 +25,7 @@ DIT_SIZES = {
     "L": (24, 1024, 16),
     "XL": (28, 1152, 16),
 }
+LATENT_KINDS = ("grid", "set")
 # Blocks before and after the route that tokens can take past the others: see `DiT.route_tokens`.
 BEFORE_ROUTE, AFTER_ROUTE = 2, 2
 
@@ -55,73 +58,9 @@ def position_table(height: int, width: int, dim: int, device: torch.device) -> T
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=-1)
 
 
-def rotate(values: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Applies rotary positions (RoFormer, arXiv 2104.09864, equation 34) to `values` (B, heads, N, head_dim)."""
-    first, second = values.chunk(2, dim=-1)
-    return (values * cos + torch.cat([-second, first], dim=-1) * sin).to(values.dtype)
-
-
 def modulate(values: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """`values` (B, N, D) shifted and scaled by (B, D)."""
     return values * (1 + scale[:, None]) + shift[:, None]
-
-
-class Attention(nn.Module):
-    """Self-attention of (B, N, D), or cross-attention to `context` (B, S, context_dim). Normalised queries and keys
-    (arXiv 2302.05442) keep bf16 training of deep transformers stable.
-    """
-
-    def __init__(self, dim: int, num_heads: int, context_dim: int | None = None, qk_norm: bool = True):
-        super().__init__()
-        self.num_heads = num_heads
-        self.to_q = nn.Linear(dim, dim)
-        self.to_kv = nn.Linear(context_dim or dim, 2 * dim)
-        self.norm_q = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.norm_k = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.to_out = nn.Linear(dim, dim)
-        self.use_xformers = False
-
-    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op=None) -> None:
-        """The hook through which diffusers' `enable_xformers_memory_efficient_attention` reaches a module."""
-        self.use_xformers = valid
-
-    def forward(self, values: Tensor, context: Tensor | None = None, rotary=None, mask=None) -> Tensor:
-        batch, length, dim = values.shape
-        q = self.to_q(values).view(batch, length, self.num_heads, -1).transpose(1, 2)  # (B, heads, N, head_dim)
-        kv = self.to_kv(values if context is None else context).view(batch, -1, 2, self.num_heads, q.shape[-1])
-        k, v = kv.transpose(1, 3).unbind(2)  # (B, heads, S, head_dim)
-        q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)
-        if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
-        if self.use_xformers:
-            attended = self._xformers_attention(q, k, v, mask)
-        else:
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
-        return self.to_out(attended.transpose(1, 2).reshape(batch, length, dim))
-
-    def _xformers_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        import xformers.ops
-
-        bias = None
-        if mask is not None:
-            bias = torch.zeros(q.shape[0], self.num_heads, q.shape[2], k.shape[2], dtype=q.dtype, device=q.device)
-            bias.masked_fill_(~mask[:, None, None], float("-inf"))
-        q, k, v = (each.transpose(1, 2).contiguous() for each in (q, k, v))  # (B, N, heads, head_dim)
-        return xformers.ops.memory_efficient_attention(q, k, v, attn_bias=bias).transpose(1, 2)
-
-
-class SwiGLU(nn.Module):
-    """Gated feed-forward (arXiv 2002.05202), 2/3 as wide as a plain one, for the same number of parameters."""
-
-    def __init__(self, dim: int, mlp_ratio: float):
-        super().__init__()
-        inner_dim = (int(dim * mlp_ratio * 2 / 3) + 7) // 8 * 8
-        self.proj_in = nn.Linear(dim, 2 * inner_dim)
-        self.proj_out = nn.Linear(inner_dim, dim)
-
-    def forward(self, values: Tensor) -> Tensor:
-        gate, values = self.proj_in(values).chunk(2, dim=-1)
-        return self.proj_out(F.silu(gate) * values)
 
 
 def gelu_mlp(dim: int, mlp_ratio: float) -> nn.Sequential:
@@ -160,16 +99,21 @@ class DiTBlock(nn.Module):
         self.mlp = style.mlp(dim, mlp_ratio)
         self.adaln = nn.Linear(dim, 6 * dim)
 
-    def forward(self, values: Tensor, emb: Tensor, rotary, context: Tensor | None, context_mask) -> Tensor:
+    def forward(self, values: Tensor, emb: Tensor, rotary, context: Tensor | None, context_mask, mask=None) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(emb).chunk(6, dim=1)  # each (B, D)
-        values = values + gate1[:, None] * self.attention(modulate(self.norm1(values), shift1, scale1), rotary=rotary)
+        attended = self.attention(modulate(self.norm1(values), shift1, scale1), rotary=rotary, mask=mask)
+        values = values + gate1[:, None] * attended
         if self.cross_attention is not None and self.cross_norm is not None:
             values = values + self.cross_attention(self.cross_norm(values), context, mask=context_mask)
         return values + gate2[:, None] * self.mlp(modulate(self.norm2(values), shift2, scale2))
 
 
 class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """Predicts like its input (B, C, H, W) from noisy latents, timesteps and conditions.
+    """Predicts like its input from noisy latents, timesteps and conditions.
+
+    `latent_kind` "grid": (B, C, H, W), cut into patches that know their places. "set": (B, N, C), up to `sample_size`
+    items without places or order, with `attention_mask` (B, N), True = item; padding changes nothing at the items.
+    `out_channels` may be twice `in_channels`, for a learned variance (arXiv 2102.09672).
 
     `forward` names its arguments as `UNet2DConditionModel.forward` does, so that `ConditionalDenoiser` and the
     pipelines call either: `class_labels` are pooled projections (B, `projection_class_embeddings_input_dim`),
@@ -194,8 +138,14 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         projection_class_embeddings_input_dim: int | None = None,
         class_embed_type: str | None = None,
         style: str = "modern",
+        latent_kind: str = "grid",
+        out_channels: int | None = None,
     ):
         super().__init__()
+        if latent_kind not in LATENT_KINDS:
+            raise ValueError(f"latent_kind {latent_kind} is none of {', '.join(LATENT_KINDS)}")
+        if latent_kind == "set" and patch_size != 1:
+            raise ValueError(f"patch_size {patch_size}: a set has no patches; use 1")
         if sample_size % patch_size:
             raise ValueError(f"latents of {sample_size} x {sample_size} do not divide into patches of {patch_size}")
         if hidden_size % (4 * num_attention_heads):
@@ -214,7 +164,7 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         )
         self.norm_out = STYLES[style].norm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.adaln_out = nn.Linear(hidden_size, 2 * hidden_size)
-        self.proj_out = nn.Linear(hidden_size, patch_dim)
+        self.proj_out = nn.Linear(hidden_size, (out_channels or in_channels) * patch_size**2)
         self.gradient_checkpointing = False
         self._initialise()
 
@@ -240,6 +190,16 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         p = self.config.patch_size
         patches = sample.reshape(batch, channels, height // p, p, width // p, p)
         return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // p) * (width // p), channels * p * p)
+
+    def embed_grid(self, sample: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """(B, C, H, W) as tokens (B, N, D) with their places: as rotary tables, or added to them."""
+        height, width = (side // self.config.patch_size for side in sample.shape[-2:])
+        values = self.patch_embed(self.patchify(sample))
+        if STYLES[self.config.style].rotary:
+            head_dim = self.config.hidden_size // self.config.num_attention_heads
+            return values, rotary_table(height, width, head_dim, sample.device)
+        positions = position_table(height, width, self.config.hidden_size, sample.device)
+        return values + positions.to(values.dtype), None
 
     def unpatchify(self, patches: Tensor, height: int, width: int) -> Tensor:
         """(B, N, C p p) -> (B, C, H, W)."""
@@ -272,29 +232,27 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         timestep: Tensor,
         encoder_hidden_states: Tensor | None = None,
         class_labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
         kept_tokens: Tensor | None = None,
     ):
-        """`kept_tokens` (B, K), for training: the tokens that take no route past the middle blocks. None: all."""
-        height, width = sample.shape[-2:]
-        grid = height // self.config.patch_size, width // self.config.patch_size
-        values = self.patch_embed(self.patchify(sample))  # (B, N, D)
-        head_dim = self.config.hidden_size // self.config.num_attention_heads
-        rotary = rotary_table(*grid, head_dim, sample.device) if STYLES[self.config.style].rotary else None
-        if rotary is None:
-            values = values + position_table(*grid, self.config.hidden_size, sample.device).to(values.dtype)
+        """`attention_mask` (B, N): the items of a set, True = real. `kept_tokens` (B, K), for training: the tokens
+        that take no route past the middle blocks. None: all.
+        """
+        is_grid = self.config.latent_kind == "grid"
+        values, rotary = self.embed_grid(sample) if is_grid else (self.patch_embed(sample), None)  # (B, N, D)
         timestep = timestep.expand(len(sample))
         emb = self.time_embed(timestep_embedding(timestep, 256).to(values.dtype))  # (B, D)
         if self.pooled_embed is not None:
             emb = emb + self.pooled_embed(class_labels)
         emb = F.silu(emb)
-        inputs = (emb, rotary, encoder_hidden_states, encoder_attention_mask)
+        inputs = (emb, rotary, encoder_hidden_states, encoder_attention_mask, attention_mask)
         if kept_tokens is None:
             values = self.run_blocks(self.blocks, values, *inputs)
         else:
             values = self.route_tokens(kept_tokens, values, *inputs)
         shift, scale = self.adaln_out(emb).chunk(2, dim=1)
         values = self.proj_out(modulate(self.norm_out(values), shift, scale))  # (B, N, C p p)
-        output = self.unpatchify(values, height, width)
+        output = self.unpatchify(values, *sample.shape[-2:]) if is_grid else values
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)

@@ -1,0 +1,117 @@
+"""A crystal run that samples: number of atoms and conditions -> latents -> crystals."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from utils.codecs import Normalisation
+from utils.crystal_codec import crystals_of
+from utils.crystals import Crystal
+from utils.guidance import check_guidance
+from utils.models.crystal_vae import CrystalVAE
+from utils.models.denoiser import ConditionalDenoiser
+from utils.pipelines import denoise
+
+
+@dataclass
+class CrystalPipeline:
+    """The parts of a run. `num_items` is how many of its training crystals have how many atoms."""
+
+    denoiser: ConditionalDenoiser
+    scheduler: SchedulerMixin
+    vae: CrystalVAE
+    normalisation: Normalisation
+    num_items: dict[int, int]
+
+    @property
+    def columns(self) -> dict[str, dict[str, Any]]:
+        """The conditions of the run: name -> kind and settings. Empty for an unconditional one."""
+        return self.denoiser.conditions.config.get("columns") or {}
+
+    @property
+    def max_atoms(self) -> int:
+        """Atoms that a sample can have."""
+        return self.denoiser.model.config.sample_size
+
+    def to(self, device: torch.device) -> "CrystalPipeline":
+        """Moves the models."""
+        self.denoiser.to(device)
+        self.vae.to(device)
+        return self
+
+    def draw_num_atoms(self, count: int, seed: int, multiple_of: Sequence[int] | None = None) -> np.ndarray:
+        """Numbers of atoms (count,) from the histogram of the training set; sample i depends on `seed` + i alone.
+        `multiple_of`: sample i has a multiple of its i-th entry, one formula unit where the histogram has none.
+        """
+        numbers = np.array([])
+        drawn = []
+        for i in range(count):
+            unit = 1 if multiple_of is None else multiple_of[i]
+            fitting = {number: times for number, times in self.num_items.items() if number % unit == 0}
+            numbers = np.array(list(fitting) or [unit])
+            weights = np.array(list(fitting.values()) or [1], dtype=np.float64)
+            drawn.append(np.random.default_rng([seed + i, 1]).choice(numbers, p=weights / weights.sum()))
+        return np.array(drawn)
+
+    @torch.no_grad()
+    def latents(
+        self,
+        num_atoms: Tensor,
+        values: dict[str, Tensor],
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        guidance_interval: Sequence[float] = (0.0, 1.0),
+        guidance_rescale: float = 0.0,
+        guide_model: ConditionalDenoiser | None = None,
+        generator: list[torch.Generator] | None = None,
+        progress_bar: Callable[[Tensor], Iterable[Tensor]] = iter,
+    ) -> Tensor:
+        """Normalised latents (B, N, D) of crystals with `num_atoms` (B,). `values` are those of some of the run's
+        conditions, (B, ...) by name; conditions that are not in it stay open. The rest is as `LatentDiffusionPipeline`
+        has it. Raises ValueError for guidance that would do nothing.
+        """
+        if not values and guide_model is None:
+            guidance_scale = 1.0
+        check_guidance(guidance_scale, guidance_interval, guidance_rescale, guide_model is not None, False)
+        device, count = self.vae.device, len(num_atoms)
+        mask = torch.arange(self.max_atoms, device=device) < num_atoms.to(device)[:, None]  # (B, N)
+        given = {name: value.to(device) for name, value in values.items()} | {"attention_mask": mask}
+        both = {name: torch.cat([value, value]) for name, value in given.items()}
+        drop = torch.arange(2 * count, device=device) >= count  # the second half is the unconditional branch
+
+        def predict(noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+            size = len(noisy_latents)
+            return self.denoiser(noisy_latents, timesteps, {k: v[:size] for k, v in both.items()}, drop[:size])
+
+        predict_weaker = None if guide_model is None else partial(guide_model, values=given, drop=drop[:count])
+        shape = (
+            count,
+            self.max_atoms,
+            self.vae.config.latent_channels,
+        )  # the noise of a sample is its own
+        latents = randn_tensor(shape, generator=generator, device=device)
+        return denoise(
+            self.scheduler,
+            predict,
+            latents * getattr(self.scheduler, "init_noise_sigma", 1.0),
+            num_inference_steps,
+            guidance_scale,
+            guidance_interval,
+            guidance_rescale,
+            predict_weaker,
+            generator,
+            progress_bar,
+        )
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, num_atoms: Tensor, counts: list[dict[int, int]] | None = None) -> list[Crystal]:
+        """Normalised latents (B, N, D) -> crystals; `counts` as in `crystals_of`."""
+        mask = torch.arange(latents.shape[1], device=latents.device) < num_atoms.to(latents.device)[:, None]
+        return crystals_of(self.vae.decode(self.normalisation.denormalise(latents), mask), mask, counts)

@@ -1,0 +1,198 @@
+"""What a crystal run is asked for: compositions, elements, properties, classes, or nothing; checked against the run
+and sampled.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.crystal_pipeline import CrystalPipeline
+from utils.crystals import Crystal, parse_chemical_system, parse_formula
+from utils.errors import UserError
+from utils.guidance import check_guidance, guidance_scales
+from utils.models.denoiser import ConditionalDenoiser
+from utils.sampling import batches, image_generators
+from utils.set_cache import category_name, category_numbers, elements_of
+
+DEFAULT_GUIDANCE = 2.0
+FLAGS = {"composition": "--composition", "chemical_system": "--chemical_system"}
+
+
+def requested_crystals(
+    pipeline: CrystalPipeline,
+    run_dir: Path,
+    compositions: Sequence[str] = (),
+    chemical_systems: Sequence[str] = (),
+    assignments: Sequence[str] = (),
+    clamp_composition: bool = False,
+) -> list[dict[str, Any]]:
+    """One request for each composition (LiFePO4) or chemical system (Li-Fe-O), with the `assignments` (band_gap=1.5)
+    of properties and classes; a single one, perhaps empty, without either. Raises UserError for what the run was not
+    trained on.
+    """
+    shared = dict(parse_assignment(pipeline, run_dir, text) for text in assignments)
+    for flag, given in (("composition", compositions), ("chemical_system", chemical_systems)):
+        if given and flag not in pipeline.columns and not (flag == "composition" and clamp_composition):
+            hint = "; add --clamp_composition to fix the atoms instead" if flag == "composition" else ""
+            raise UserError(f"{FLAGS[flag]}: {not_a_condition(pipeline, run_dir, flag)}{hint}")
+    if compositions and chemical_systems:
+        raise UserError("--composition with --chemical_system: the elements follow from the composition; use one")
+    requests = [{"composition": text} for text in compositions]
+    requests += [{"chemical_system": text} for text in chemical_systems]
+    for request in requests:  # what cannot be read is said here
+        counts = parse_formula(request["composition"]) if "composition" in request else {}
+        if "chemical_system" in request:
+            parse_chemical_system(request["chemical_system"])
+        if sum(counts.values()) > pipeline.max_atoms:
+            raise UserError(
+                f"--composition {request['composition']}: {sum(counts.values())} atoms, and {run_dir} was trained "
+                f"with up to {pipeline.max_atoms}"
+            )
+    return [request | shared for request in requests or [{}]]
+
+
+def parse_assignment(pipeline: CrystalPipeline, run_dir: Path, text: str) -> tuple[str, Any]:
+    """NAME=VALUE of --property, as the condition takes it. Raises UserError."""
+    name, equals, value = text.partition("=")
+    settings = pipeline.columns.get(name)
+    if not equals or not value:
+        raise UserError(f"--property {text}: write NAME=VALUE, as in band_gap=1.5")
+    if settings is None or settings["kind"] in FLAGS:
+        raise UserError(f"--property {text}: {not_a_condition(pipeline, run_dir, name)}")
+    if settings["kind"] == "property":
+        try:
+            number = float(value)
+        except ValueError:
+            number = np.nan
+        if not np.isfinite(number):
+            raise UserError(f"--property {text}: {value} is not a number")
+        return name, number
+    found = category_name(value)
+    if found not in settings["names"]:
+        known = ", ".join(settings["names"][:20])
+        raise UserError(f"--property {text}: the run knows these: {known}")
+    return name, found
+
+
+def not_a_condition(pipeline: CrystalPipeline, run_dir: Path, name: str) -> str:
+    """What a run is not conditioned on, and what it is."""
+    known = ", ".join(f"{column} ({settings['kind']})" for column, settings in pipeline.columns.items())
+    return f"{run_dir} was not trained with the condition {name}; it has {known or 'none'}"
+
+
+def condition_values(pipeline: CrystalPipeline, requests: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """The values (B, ...) of the run's conditions for requests that all have the same ones."""
+    values: dict[str, Tensor] = {}
+    for name, settings in pipeline.columns.items():
+        given = [request[name] for request in requests if name in request]
+        if not given:
+            continue
+        if settings["kind"] == "composition":
+            values[name] = torch.cat([elements_of(atoms_of(parse_formula(text)), name) for text in given])
+        elif settings["kind"] == "chemical_system":
+            systems = [torch.tensor([parse_chemical_system(text)]) for text in given]
+            values[name] = torch.cat([elements_of(numbers, name) for numbers in systems])
+        elif settings["kind"] == "property":
+            values[name] = torch.tensor(given, dtype=torch.float32)
+        else:
+            values[name] = torch.from_numpy(category_numbers(np.array(given, dtype=object), settings["names"]))
+    return values
+
+
+def atoms_of(counts: dict[int, int]) -> Tensor:
+    """{8: 2} -> [[8, 8]]."""
+    return torch.tensor([[number for number, count in counts.items() for _ in range(count)]])
+
+
+def guidance_settings(
+    pipeline: CrystalPipeline,
+    requests: Sequence[dict[str, Any]],
+    guidance_scale: float | None,
+    guidance_interval: list[float],
+    guidance_rescale: float,
+    num_inference_steps: int,
+    with_guide: bool,
+) -> dict[str, Any]:
+    """Arguments of `CrystalPipeline.latents`, with the default scale: 2, or 1 = off where nothing is asked for. Raises
+    UserError for guidance that contradicts itself or would do nothing.
+    """
+    can_guide = with_guide or any(name in pipeline.columns for request in requests for name in request)
+    if guidance_scale is None:
+        guidance_scale = DEFAULT_GUIDANCE if can_guide else 1.0
+    elif guidance_scale != 1 and not can_guide:
+        raise UserError(
+            f"--guidance_scale {guidance_scale:g}: no condition is asked for, there is nothing to guide towards; "
+            "leave it out, or give a condition of the run"
+        )
+    pipeline.scheduler.set_timesteps(num_inference_steps)
+    timesteps, total = pipeline.scheduler.timesteps, pipeline.scheduler.config.num_train_timesteps
+    try:
+        check_guidance(guidance_scale, guidance_interval, guidance_rescale, with_guide, False)
+        guidance_scales(timesteps, total, guidance_scale, guidance_interval)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+    return {
+        "guidance_scale": guidance_scale,
+        "guidance_interval": guidance_interval,
+        "guidance_rescale": guidance_rescale,
+        "num_inference_steps": num_inference_steps,
+    }
+
+
+def numbers_of_atoms(
+    pipeline: CrystalPipeline, requests: Sequence[dict[str, Any]], num_atoms: int | None, seed: int
+) -> np.ndarray:
+    """Atoms (B,) of each sample: as given, or from the training histogram; of a composition a multiple of its formula
+    unit. Raises UserError for a number that the run cannot make, and for one that no multiple of a formula has.
+    """
+    units = [sum(parse_formula(each["composition"]).values()) if "composition" in each else 1 for each in requests]
+    if num_atoms is None:
+        return pipeline.draw_num_atoms(len(requests), seed, units)
+    if num_atoms > pipeline.max_atoms:
+        raise UserError(f"--num_atoms {num_atoms}: the run was trained with up to {pipeline.max_atoms}")
+    wrong = [each["composition"] for each, unit in zip(requests, units, strict=True) if num_atoms % unit]
+    if wrong:
+        raise UserError(f"--num_atoms {num_atoms}: not a multiple of the atoms in {wrong[0]}; leave it out")
+    return np.full(len(requests), num_atoms)
+
+
+def clamped_counts(requests: Sequence[dict[str, Any]], num_atoms: np.ndarray) -> list[dict[int, int]]:
+    """Atoms of each element in the whole cell of each sample. Raises UserError for a request without composition."""
+    counts = []
+    for request, total in zip(requests, num_atoms, strict=True):
+        if "composition" not in request:
+            raise UserError("--clamp_composition without --composition: there are no atoms to fix; name a formula")
+        unit = parse_formula(request["composition"])
+        times = int(total) // sum(unit.values())
+        counts.append({number: count * times for number, count in unit.items()})
+    return counts
+
+
+def sample_crystals(
+    pipeline: CrystalPipeline,
+    requests: Sequence[dict[str, Any]],
+    num_atoms: np.ndarray,
+    settings: dict[str, Any],
+    seed: int,
+    batch_size: int,
+    mixed_precision: str = "no",
+    clamp_composition: bool = False,
+    guide_model: ConditionalDenoiser | None = None,
+) -> Iterator[list[Crystal]]:
+    """Crystals for the requests, a batch at a time; number i has seed `seed` + i, and is the same whatever the batch.
+    What the run gives is given: a crystal that is not valid, or not finite, is one of the samples.
+    """
+    dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
+    counts = clamped_counts(requests, num_atoms) if clamp_composition else None
+    for first, batch in batches(requests, batch_size):
+        places = slice(first, first + len(batch))
+        sizes = torch.from_numpy(num_atoms[places])
+        values = condition_values(pipeline, batch)
+        generators = image_generators(seed, first, len(batch))
+        with torch.autocast(pipeline.vae.device.type, dtype=dtype, enabled=dtype is not None):
+            latents = pipeline.latents(sizes, values, generator=generators, guide_model=guide_model, **settings)
+        yield pipeline.decode(latents.float(), sizes, counts and counts[places])

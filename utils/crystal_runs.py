@@ -1,0 +1,135 @@
+"""The parts of a crystal training, from its arguments: data, cache, denoiser."""
+
+import logging
+import zlib
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.build import fine_tuned, load_base, read_model_config
+from utils.conditions import ConditionSum, NoCondition
+from utils.crystal_args import parse_conditions
+from utils.crystal_codec import load_crystal_vae
+from utils.data_crystals import CrystalTable, load_crystals
+from utils.draws import SampleDraws
+from utils.errors import UserError
+from utils.export import check_weights
+from utils.files import sha256_json
+from utils.models.denoiser import ConditionalDenoiser
+from utils.models.dit import DIT_SIZES, DiT
+from utils.set_cache import CONDITION_KINDS, OF_ATOMS, SetCache, describe_condition
+
+logger = logging.getLogger(__name__)
+HELD_OUT_OF = 10  # one formula in so many, where the source says nothing
+
+
+class CrystalData(NamedTuple):
+    """Crystals to train on, crystals kept out of it, and a hash of what decides them."""
+
+    train: CrystalTable
+    validation: CrystalTable
+    identity: str
+
+
+def open_crystal_data(args: Namespace) -> CrystalData:
+    """The crystals of the data flags. Raises UserError for bad input."""
+    limits = {"max_atoms": args.max_atoms, "max_skipped_fraction": args.max_skipped_fraction}
+    train = load_crystals(args.dataset_name, args.dataset_split, max_samples=args.max_samples, **limits)
+    if args.validation_dataset_name:
+        validation = load_crystals(args.validation_dataset_name, flag="--validation_dataset_name", **limits)
+        what = args.validation_dataset_name
+    elif "split" in train.columns:
+        validation = load_crystals(args.dataset_name, args.validation_split, **limits)
+        what = f"split {args.validation_split}"
+    else:
+        is_held_out = held_out_formulas(train.columns["formula"])
+        if is_held_out.all() or not is_held_out.any():
+            raise UserError(
+                f"--dataset_name: {args.dataset_name} has too few formulas to keep a tenth of them out; give "
+                "--validation_dataset_name"
+            )
+        train, validation = train.take(~is_held_out), train.take(is_held_out)
+        what = "a tenth of the formulas"
+    logger.info("%d crystals to train on, %d kept out (%s)", len(train), len(validation), what)
+    return CrystalData(train, validation, sha256_json([train.identity(), validation.identity()]))
+
+
+def held_out_formulas(formulas: np.ndarray) -> np.ndarray:
+    """Which rows (R,) are kept out: all crystals of a formula or none, the same in every run and for every subset."""
+    return np.array([zlib.crc32(formula.encode()) % HELD_OUT_OF == 0 for formula in formulas])
+
+
+def open_set_cache(args: Namespace) -> SetCache:
+    """The cache of --latents_dir, which gives the values of the conditions asked for. Raises UserError for a column
+    that is not there or says nothing.
+    """
+    cache = SetCache(args.latents_dir, args.latent_normalisation)
+    asked = parse_conditions(args.condition, CONDITION_KINDS, OF_ATOMS)
+    conditions = {name: describe_condition(cache, kind, name) for name, kind in asked.items()}
+    cache.use_conditions(conditions)
+    for name, values in cache.values.items():
+        missing = int(np.isnan(values).sum() if values.dtype == np.float64 else (values < 0).sum())
+        if missing:
+            logger.warning("%s is not known of %d of %d crystals, which train without it", name, missing, len(values))
+    return cache
+
+
+def build_set_denoiser(args: Namespace, cache: SetCache) -> ConditionalDenoiser:
+    """A new DiT for the sets and the conditions of a cache, or the run of --pretrained_model_name_or_path."""
+    max_atoms, channels = cache.spec.shape
+    base = load_base(args)
+    if base is None:
+        num_layers, hidden_size, heads = DIT_SIZES[args.model_size or "S"]
+        config: dict[str, Any] = {"num_layers": num_layers, "hidden_size": hidden_size, "num_attention_heads": heads}
+        config |= {"latent_kind": "set", "sample_size": max_atoms, "patch_size": 1, "in_channels": channels}
+        config |= read_model_config(args.model_config, DiT, config)
+    else:
+        check_base(args, base, cache)
+        config = {name: value for name, value in base.model.config.items() if not name.startswith("_")}
+        config["sample_size"] = max_atoms
+    width = config["hidden_size"]
+    if cache.conditions:
+        config["projection_class_embeddings_input_dim"] = width
+    try:
+        model = DiT.from_config(config)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--model_size/--model_config: {error}") from error
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    conditions = ConditionSum(width, cache.conditions) if cache.conditions else NoCondition()
+    denoiser = ConditionalDenoiser(model, conditions)
+    return denoiser if base is None else fine_tuned(args, denoiser, base)
+
+
+def check_base(args: Namespace, base: ConditionalDenoiser, cache: SetCache) -> None:
+    """Raises UserError for a run to start from that is of other latents, and for a --model_size beside it."""
+    flag = "--pretrained_model_name_or_path"
+    for name in ("model_size", "model_config"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} with {flag}: the run says what its model is; leave it out")
+    config = base.model.config
+    if config.get("latent_kind") != "set" or config.in_channels != cache.spec.shape[1]:
+        raise UserError(
+            f"{flag}: {args.pretrained_model_name_or_path} knows {config.get('latent_kind')} latents of "
+            f"{config.in_channels} channels, and --latents_dir has sets of {cache.spec.shape[1]}; precompute with the "
+            "VAE of that run"
+        )
+    run_dir = Path(args.pretrained_model_name_or_path)
+    folder = next(each / "vae" for each in (run_dir, run_dir.parent) if (each / "vae").is_dir())
+    check_weights(load_crystal_vae(str(folder)), str(folder), cache.spec.fingerprint["vae"]["sha256"])
+
+
+def draw_drops(draws: SampleDraws, prob: float, names: Sequence[str]) -> Tensor:
+    """Which conditions of which samples are hidden, (B, number of conditions): all at once with probability `prob`,
+    and each by itself with the same, so that any part of several can be asked for.
+    """
+    everything = draws.uniform("condition_drop") < prob  # (B,)
+    if len(names) < 2:
+        return everything
+    each = [draws.uniform(f"condition_drop.{name}") < prob for name in names]
+    return torch.stack(each, dim=1) | everything[:, None]
