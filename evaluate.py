@@ -1,28 +1,48 @@
-"""Measures images against real ones: FID, KID, CMMD, Inception Score, precision, recall, CLIP score, accuracy, copies.
+"""Measures images against real ones (FID, KID, CMMD, precision, recall, CLIP score, accuracy, copies), or crystals.
 
     python evaluate.py --samples runs/mine/sampled/0000 --reference photos --features inception
     python evaluate.py --model runs/mine --reference uoft-cs/cifar10 --num_samples 10000 --classifier runs/classifier
     python evaluate.py --model runs/mine --reference photos --sweep guidance_scale 1 2 3 5 7.5
 
-Writes metrics.json and report.html. docs/evaluation.md says what each figure means and what it hides.
+    python evaluate.py --modality crystal --model runs/crystals/ldm --reference mp.parquet --training_data mp.parquet
+
+--help shows the flags of images, --modality crystal --help those of crystals. Writes metrics.json and report.html.
+docs/evaluation.md says what each figure means and what it hides.
 """
 
 import argparse
 from pathlib import Path
 
-from utils import eval_args, sample_args
-from utils.parsing import parse_with_config, run_script
+from utils import eval_args, eval_crystal_args, sample_args
+from utils.parsing import parse_with_config, peek, run_script
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_image_args(parser: argparse.ArgumentParser) -> None:
     eval_args.add_comparison_args(parser)
     eval_args.add_measurement_args(parser)
     sample_args.add_request_args(parser)
     sample_args.add_sampler_args(parser)
-    args = parse_with_config(parser)
+
+
+def check_image_args(args: argparse.Namespace) -> None:
     sample_args.check_request_args(args)
     eval_args.check_eval_args(args)
+
+
+# Flags and their checks; further modalities are further rows, here and in `main`.
+MODALITIES = {
+    "image": (add_image_args, check_image_args),
+    "crystal": (eval_crystal_args.add_crystal_evaluation_args, eval_crystal_args.check_crystal_eval_args),
+}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modality", choices=list(MODALITIES), default="image", help="What is judged.")
+    add_args, check_args = MODALITIES[peek(parser, "modality")]
+    add_args(parser)
+    args = parse_with_config(parser)
+    check_args(args)
     return args
 
 
@@ -98,7 +118,7 @@ def open_real(args: argparse.Namespace, extractors: list, num_samples: int):
     return RealImages(sources, statistics_file, extractors, args.feature_batch_size, Path(args.statistics_dir))
 
 
-def main(args: argparse.Namespace) -> None:
+def evaluate_images(args: argparse.Namespace) -> None:
     from utils import eval_figures, eval_images, pictures, report, requests, sampling
     from utils.codecs import measure_shape
     from utils.eval_measured import measure
@@ -173,6 +193,15 @@ def main(args: argparse.Namespace) -> None:
     report.write(output_dir, facts, notes, points, eval_figures.TITLES, sweep, arguments)
     print(report.terminal_tables(points, eval_figures.TITLES))
     print("\n".join(["", *notes, f"metrics.json and report.html in {output_dir}"]))
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.modality == "crystal":
+        from utils.eval_crystal_runs import evaluate_crystals
+
+        evaluate_crystals(args)
+    else:
+        evaluate_images(args)
 
 
 if __name__ == "__main__":

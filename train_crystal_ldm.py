@@ -31,6 +31,7 @@ def parse_args() -> argparse.Namespace:
     args = parse_with_config(parser)
     required(args, "output_dir", "latents_dir")
     arg_checks.check_denoiser_args(args)
+    crystal_args.check_learned_variance(args)
     return args
 
 

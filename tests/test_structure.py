@@ -35,6 +35,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "vae_losses",
         "crystals",
         "crystal_losses",
+        "learned_variance",
         "posterior",
     ),
     # modules
@@ -99,6 +100,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "vae_training",
         *("crystal_args", "crystal_runs", "crystal_training", "crystal_validation", "crystal_export"),
         *("crystal_pipeline", "crystal_requests", "precompute_crystals", "eval_crystals"),
+        *("eval_crystal_args", "eval_crystal_runs", "eval_crystal_evidence", "eval_crystal_figures"),
         "vae_args",
         "lora",
     ),
@@ -107,6 +109,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
 SEES_ARGS = (
     *("args", "input_args", "plan_args", "arg_checks", "parsing", "build", "training_data", "row_source", "run"),
     *("precompute", "sample_args", "eval_args", "vae_args", "crystal_args", "crystal_runs", "precompute_crystals"),
+    *("eval_crystal_args", "eval_crystal_runs"),
 )
 
 MAX_LINES_OF_SCRIPT, MAX_LINES_OF_UTILS, MAX_NESTING = 250, 300, 5

@@ -28,7 +28,11 @@ BASE_FLAG = "--pretrained_model_name_or_path"
 def build_objective(args: Namespace, device: torch.device) -> tuple[Objective, Any]:
     """The objective, its tables on `device`, and the scheduler that is saved with the model."""
     scheduler = training_scheduler(
-        args.prediction_type, args.beta_schedule, args.rescale_betas_zero_snr, args.flow_shift
+        args.prediction_type,
+        args.beta_schedule,
+        args.rescale_betas_zero_snr,
+        args.flow_shift,
+        getattr(args, "learned_variance", False),
     )
     if (args.prediction_type, args.beta_schedule) == ("epsilon", "squaredcos_cap_v2"):
         logger.warning(

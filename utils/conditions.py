@@ -101,7 +101,7 @@ class ColumnCondition(ModelMixin, ConfigMixin):
 
 
 class PropertyCondition(ColumnCondition):
-    """A number (B,), NaN = missing, standardised by the `mean` and `std` of the training set."""
+    """A number (B,), not finite = missing, standardised by the `mean` and `std` of the training set."""
 
     @register_to_config
     def __init__(self, embedding_dim: int, mean: float = 0.0, std: float = 1.0):
@@ -109,8 +109,9 @@ class PropertyCondition(ColumnCondition):
         self.mlp = nn.Sequential(nn.Linear(7, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim))
 
     def embed(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        missing = values.isnan()
-        standardised = ((values.float() - self.config.mean) / self.config.std).nan_to_num()[:, None]  # (B, 1)
+        missing = ~values.isfinite()
+        standardised = (values.float() - self.config.mean) / self.config.std
+        standardised = standardised.masked_fill(missing, 0.0)[:, None]  # (B, 1)
         waves = standardised * torch.tensor([1.0, 2.0, 4.0], device=values.device)  # (B, 3)
         features = torch.cat([standardised, waves.sin(), waves.cos()], dim=1)
         return self.mlp(features.to(self.null_embedding.dtype)), missing
@@ -163,20 +164,21 @@ class ConditionSum(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, embedding_dim: int, columns: dict[str, dict]):
         super().__init__()
-        self.encoders = nn.ModuleList()  # in the order of `columns`, whose names may hold what no module's may
-        for arguments in columns.values():
-            settings = {key: value for key, value in arguments.items() if key != "kind"}
-            self.encoders.append(COLUMN_CONDITIONS[arguments["kind"]](embedding_dim, **settings))
+        self.names = sorted(columns)  # the order that they have in a config.json too
+        self.encoders = nn.ModuleList()  # in that order; the names may hold what no module's may
+        for name in self.names:
+            settings = {key: value for key, value in columns[name].items() if key != "kind"}
+            self.encoders.append(COLUMN_CONDITIONS[columns[name]["kind"]](embedding_dim, **settings))
 
     def forward(self, values: dict[str, Tensor], drop: Tensor) -> Conditioning:
         """`values` by the names of the columns; one that is not there is null. `drop` (B,), or (B, number of columns)
-        in their order, True = null.
+        in alphabetical order, True = null.
         """
         drops = drop if drop.ndim == 2 else drop[:, None].expand(-1, len(self.encoders))
         encoders: list[Any] = list(self.encoders)
         embeddings = [
             encoder(values[name], dropped) if name in values else encoder.null(len(drop))  # (B, D)
-            for name, encoder, dropped in zip(self.config.columns, encoders, drops.unbind(1), strict=True)
+            for name, encoder, dropped in zip(self.names, encoders, drops.unbind(1), strict=True)
         ]
         return Conditioning(pooled_projections=torch.stack(embeddings).sum(dim=0))
 

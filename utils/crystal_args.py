@@ -104,6 +104,16 @@ def add_crystal_cache_args(parser: ArgumentParser) -> None:
     group.add_argument("--rows_per_shard", type=positive_int, default=8192, help="Crystals per shard.")
 
 
+def check_learned_variance(args: Namespace) -> None:
+    """Refuses a variance that the objective has not, or of which the bound would not be one."""
+    if not args.learned_variance:
+        return
+    if args.prediction_type == "flow":
+        raise UserError("--learned_variance with --prediction_type flow: its reverse process has none; leave it out")
+    if args.rescale_betas_zero_snr:
+        raise UserError("--learned_variance with --rescale_betas_zero_snr: the last timestep has no log-variance")
+
+
 def check_crystal_data_args(args: Namespace) -> None:
     """Refuses a run without crystals, and two ways of keeping some out."""
     if args.dataset_name is None:
@@ -126,6 +136,12 @@ def add_crystal_model_args(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--gradient_checkpointing", action=BooleanOptionalAction, default=False, help="Less memory, slower."
+    )
+    group.add_argument(
+        "--learned_variance",
+        action=BooleanOptionalAction,
+        default=False,
+        help="Learn the variance of the reverse process too (DDPM), which --scheduler ddpm then samples with.",
     )
     group.add_argument(
         "--condition",

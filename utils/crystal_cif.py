@@ -32,8 +32,8 @@ CIF_COLUMN = "cif"
 CELL_KEYS = tuple(
     f"_cell_{what}" for what in ("length_a", "length_b", "length_c", "angle_alpha", "angle_beta", "angle_gamma")
 )
-# One CIF takes 4 ms, or 40 with many symmetry operations; two processes start in 2 s.
-MIN_CIFS_FOR_PROCESSES = 500
+# One CIF takes 2 ms, or 20 with many symmetry operations; processes need 2 to 5 s to start.
+MIN_CIFS_FOR_PROCESSES = 1000
 
 
 def parse_rows(rows: list[dict[str, Any]], max_atoms: int) -> list[Crystal | str]:
@@ -131,6 +131,9 @@ def check_block(block: dict[str, Any]) -> None:
     missing = [key for key in CELL_KEYS if key not in block]
     if missing:
         raise ValueError(f"no {missing[0]}")
+    negative = [key for key in CELL_KEYS if str(block[key]).startswith("-")]
+    if negative:
+        raise ValueError(f"{negative[0]} is {block[negative[0]]}")
     symbols = block.get("_atom_site_type_symbol", [])
     for symbol in [symbols] if isinstance(symbols, str) else symbols:
         letters = re.match("[A-Za-z]*", symbol)
@@ -162,5 +165,5 @@ def check_sites(crystal: Crystal, max_atoms: int) -> None:
         raise ValueError("a coordinate is not finite")
     if crystal.atomic_numbers.min() < 1 or crystal.atomic_numbers.max() > MAX_ATOMIC_NUMBER:
         raise ValueError(f"an atomic number is not between 1 and {MAX_ATOMIC_NUMBER}")
-    if not 1e-3 < volume(crystal.lattice) < np.inf:
+    if not 1e-3 <= volume(crystal.lattice) < np.inf:
         raise ValueError("the cell is flat, or larger than numbers are")

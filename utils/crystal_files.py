@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
-from utils.crystals import MAX_ATOMIC_NUMBER, SYMBOLS, Crystal, cell_parameters, counts_of, formula_of, volume, wrapped
+from utils.crystals import MAX_ATOMIC_NUMBER, SYMBOLS, Crystal, cell_parameters, counts_of, volume, wrapped
 from utils.errors import UserError
 from utils.files import replace_durably, write_text
 
@@ -60,23 +60,21 @@ def symbol_of(number: int) -> str:
 
 def any_formula(atomic_numbers: np.ndarray) -> str:
     """`formula_of` what may be garbage: X for what is no element, and "no atoms"."""
-    numbers = [number if 1 <= number <= MAX_ATOMIC_NUMBER else 0 for number in map(int, atomic_numbers)]
-    if not numbers:
+    if not len(atomic_numbers):
         return "no atoms"
-    if min(numbers):
-        return formula_of(np.array(numbers))
-    counts = counts_of(np.array(numbers))
-    return "".join(f"{symbol_of(number)}{count if count > 1 else ''}" for number, count in counts.items())
+    known = np.where((atomic_numbers < 1) | (atomic_numbers > MAX_ATOMIC_NUMBER), 0, atomic_numbers)
+    counts = {symbol_of(number): count for number, count in counts_of(known).items()}
+    return "".join(f"{symbol}{count if count > 1 else ''}" for symbol, count in sorted(counts.items()))
 
 
 def write_cif(crystal: Crystal, path: Path) -> None:
     """A CIF file with all sites and no symmetry (P 1). A number that is not finite is written as ?, CIF's unknown."""
-    numbers, formula = crystal.atomic_numbers, any_formula(crystal.atomic_numbers)
+    numbers = crystal.atomic_numbers
     lengths, angles = cell_parameters(np.asarray(crystal.lattice, dtype=np.float64))
     names = ("length_a", "length_b", "length_c", "angle_alpha", "angle_beta", "angle_gamma")
     counts = Counter(symbol_of(int(number)) for number in numbers)
     lines = [
-        f"data_{formula.replace(' ', '_')}",
+        f"data_{any_formula(numbers).replace(' ', '_')}",
         "_symmetry_space_group_name_H-M  'P 1'",
         "_symmetry_Int_Tables_number  1",
         f"_chemical_formula_sum  '{' '.join(f'{symbol}{count}' for symbol, count in sorted(counts.items()))}'",
@@ -146,8 +144,7 @@ def read_samples(folder: Path, flag: str = "--samples") -> tuple[list[Crystal], 
     UserError, which names the flag, for a folder that is not one of these.
     """
     try:
-        columns = ["atomic_numbers", "frac_coords", "lattice"]
-        rows = pq.read_table(folder / TABLE_FILE, columns=columns).to_pylist()
+        rows = pq.read_table(folder / TABLE_FILE, columns=[name for name, _ in SCHEMA]).to_pylist()
         lines = [json.loads(line) for line in (folder / LINES_FILE).read_text(encoding="utf-8").splitlines()]
         requests = [line["request"] for line in lines]
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
@@ -174,7 +171,7 @@ def read_samples(folder: Path, flag: str = "--samples") -> tuple[list[Crystal], 
 def crystal_grid(
     crystals: Sequence[Crystal], labels: Sequence[str] | None = None, columns: int = 8, cell: int = 200
 ) -> Image.Image:
-    """The unit cells, each scaled to `cell` pixels, its label (the formula) below; what is no crystal is crossed out."""
+    """Unit cells, each scaled to `cell` pixels, its label (the formula) below; what is no crystal is crossed out."""
     width = max(1, min(columns, len(crystals)))
     height = max(1, -(-len(crystals) // width))
     caption = max(18, cell // 8)
@@ -204,8 +201,8 @@ def draw_crystal(crystal: Crystal, cell: int) -> Image.Image:
     if not is_drawable(crystal):
         low, high = size // 5, size - size // 5
         draw.rectangle((low, low, high, high), outline=LINE_COLOUR, width=OVERSAMPLING)
-        for line in ((low, low, high, high), (low, high, high, low)):
-            draw.line(line, fill=CROSS_COLOUR, width=2 * OVERSAMPLING)
+        draw.line((low, low, high, high), fill=CROSS_COLOUR, width=2 * OVERSAMPLING)
+        draw.line((low, high, high, low), fill=CROSS_COLOUR, width=2 * OVERSAMPLING)
         return canvas.reduce(OVERSAMPLING)
     lattice = np.asarray(crystal.lattice, dtype=np.float64)
     turn = view_axes(lattice)
@@ -213,14 +210,12 @@ def draw_crystal(crystal: Crystal, cell: int) -> Image.Image:
     atoms = frac_coords @ lattice @ turn  # (m, 3): right, up and towards the viewer, in Angstrom
     radii = ATOM_SCALE * np.array([RADII[number - 1] for number in numbers]) / 100
     segments = cell_edges() @ lattice @ turn  # (s, 2, 3)
-    # Halves of what would be drawn over an atom that they run into.
-    middles = segments.mean(axis=1)
-    inside = (np.linalg.norm(middles[:, None] - atoms, axis=-1) < radii).any(axis=1)
-    segments, middles = segments[~inside], middles[~inside]
+    inside = (np.linalg.norm(segments.mean(axis=1)[:, None] - atoms, axis=-1) < radii).any(axis=1)  # of an atom
+    segments = segments[~inside]
     corners = np.concatenate([atoms[:, :2] - radii[:, None], atoms[:, :2] + radii[:, None], segments[:, 0, :2]])
     low, high = corners.min(axis=0), corners.max(axis=0)
     scale = 0.92 * size / (high - low).max()
-    depths = np.concatenate([middles[:, 2], atoms[:, 2]])
+    depths = np.concatenate([segments.mean(axis=1)[:, 2], atoms[:, 2]])
     haze = 0.35 * (depths.max() - depths) / max(np.ptp(depths), 1e-6)
 
     def pixel(point: np.ndarray) -> tuple[float, float]:
@@ -254,7 +249,7 @@ def view_axes(lattice: np.ndarray) -> np.ndarray:
 
 
 def with_repeats(crystal: Crystal) -> tuple[np.ndarray, np.ndarray]:
-    """Atomic numbers (m,) and fractional coordinates (m, 3), atoms at a face of the cell on the opposite one as well."""
+    """Atomic numbers (m,) and fractional coordinates (m, 3), atoms at a face of the cell on the opposite one too."""
     heights = 1 / np.linalg.norm(np.linalg.inv(crystal.lattice), axis=0)  # between opposite faces, in Angstrom
     near = np.minimum(FACE_DISTANCE / heights, 0.25)
     numbers, positions = [], []
@@ -268,17 +263,13 @@ def with_repeats(crystal: Crystal) -> tuple[np.ndarray, np.ndarray]:
 
 def cell_edges(pieces: int = 30) -> np.ndarray:
     """The twelve edges of a cell in short pieces (12 pieces, 2, 3), fractional."""
-    along = np.linspace(0, 1, pieces + 1)
-    edges = []
-    for axis, *corner in product(range(3), (0, 1), (0, 1)):
-        points = np.zeros((pieces + 1, 3))
-        points[:, [other for other in range(3) if other != axis]] = corner
-        points[:, axis] = along
-        edges.append(np.stack([points[:-1], points[1:]], axis=1))
-    return np.concatenate(edges)
+    corners = list(map(np.array, product((0, 1), repeat=3)))
+    along = np.linspace(0, 1, pieces + 1)[:, None]
+    edges = [p + along * (q - p) for p in corners for q in corners if sorted(q - p) == [0, 0, 1]]
+    return np.concatenate([np.stack([points[:-1], points[1:]], axis=1) for points in edges])
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=256)
 def ball(number: int, radius: int, haze: float) -> Image.Image:
     """A shaded ball in an element's colour, lit from the upper left; `haze` in [0, 1] fades it to white."""
     y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1] / radius
@@ -299,13 +290,11 @@ def draw_label(text: str, width: int, height: int, subscripts: bool) -> Image.Im
     size = 0.62 * height * OVERSAMPLING
     fonts = {small: ImageFont.load_default(size=size * (0.7 if small else 1)) for small in (False, True)}
     parts = [(each, fonts[subscripts and each.isdigit()]) for each in text]
-    fitting = 0
-    while fitting < len(parts) and sum(font.getlength(each) for each, font in parts[: fitting + 1]) < picture.width:
-        fitting += 1
-    x = (picture.width - sum(font.getlength(each) for each, font in parts[:fitting])) / 2
+    ends = np.cumsum([0.0, *(font.getlength(each) for each, font in parts)])
+    fitting = int((ends < picture.width).sum()) - 1
+    left = (picture.width - ends[fitting]) / 2
     draw = ImageDraw.Draw(picture)
-    for each, font in parts[:fitting]:
+    for (each, font), x in zip(parts[:fitting], ends, strict=False):
         lower = 0.2 * size if font is fonts[True] else 0
-        draw.text((x, 0.7 * picture.height + lower), each, fill=TEXT_COLOUR, font=font, anchor="ls")
-        x += font.getlength(each)
+        draw.text((left + x, 0.7 * picture.height + lower), each, fill=TEXT_COLOUR, font=font, anchor="ls")
     return picture.reduce(OVERSAMPLING)

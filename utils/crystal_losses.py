@@ -25,7 +25,8 @@ class CrystalPrediction(NamedTuple):
     def frac_coords(self) -> Tensor:
         """(B, N, 3) in [0, 1)."""
         cosine, sine = self.frac_vectors.unbind(-1)
-        return (torch.atan2(sine, cosine) / (2 * math.pi)) % 1.0
+        turns = (torch.atan2(sine, cosine) / (2 * math.pi)) % 1.0
+        return torch.where(turns < 1, turns, turns - turns.ceil())  # of -1e-9 the remainder rounds to one
 
 
 def frac_vectors(frac_coords: Tensor) -> Tensor:

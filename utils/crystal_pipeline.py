@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import SchedulerMixin
+from diffusers import DDPMScheduler, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -39,6 +39,24 @@ class CrystalPipeline:
     def max_atoms(self) -> int:
         """Atoms that a sample can have."""
         return self.denoiser.model.config.sample_size
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the denoiser gives a variance too."""
+        config = self.denoiser.model.config
+        return config.out_channels == 2 * config.in_channels
+
+    def with_variance(self, model_pred: Tensor, count: int) -> Tensor:
+        """A prediction (B, N, D), which of a learned variance comes as (B, N, 2 D); as (B, 2 N, D) for the scheduler
+        that uses it. The unconditional branch, behind the first `count`, gets the variance of the conditional one:
+        guidance then leaves it as it is.
+        """
+        if not self.learns_variance:
+            return model_pred
+        prediction, share = model_pred.chunk(2, dim=-1)
+        if not isinstance(self.scheduler, DDPMScheduler):
+            return prediction
+        return torch.cat([prediction, share[:count].repeat(len(share) // count, 1, 1)], dim=1)
 
     def to(self, device: torch.device) -> "CrystalPipeline":
         """Moves the models."""
@@ -88,8 +106,12 @@ class CrystalPipeline:
 
         def predict(noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
             size = len(noisy_latents)
-            return self.denoiser(noisy_latents, timesteps, {k: v[:size] for k, v in both.items()}, drop[:size])
+            values = {name: value[:size] for name, value in both.items()}
+            return self.with_variance(self.denoiser(noisy_latents, timesteps, values, drop[:size]), count)
 
+        if self.learns_variance and (guidance_rescale or guide_model is not None):
+            what = "guide_model" if guidance_rescale == 0 else "guidance_rescale"
+            raise ValueError(f"{what}: not for a run with a learned variance; leave it out")
         predict_weaker = None if guide_model is None else partial(guide_model, values=given, drop=drop[:count])
         shape = (
             count,

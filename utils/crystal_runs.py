@@ -43,9 +43,11 @@ def open_crystal_data(args: Namespace) -> CrystalData:
     if args.validation_dataset_name:
         validation = load_crystals(args.validation_dataset_name, flag="--validation_dataset_name", **limits)
         what = args.validation_dataset_name
-    elif "split" in train.columns:
+    elif "split" in train.columns or not Path(args.dataset_name).exists():  # of a hub dataset splits are its own
         validation = load_crystals(args.dataset_name, args.validation_split, **limits)
         what = f"split {args.validation_split}"
+    elif "validation_split" in args.typed:
+        raise UserError(f"--validation_split: {args.dataset_name} has no column split; leave it out, or add one")
     else:
         is_held_out = held_out_formulas(train.columns["formula"])
         if is_held_out.all() or not is_held_out.any():
@@ -87,6 +89,7 @@ def build_set_denoiser(args: Namespace, cache: SetCache) -> ConditionalDenoiser:
         num_layers, hidden_size, heads = DIT_SIZES[args.model_size or "S"]
         config: dict[str, Any] = {"num_layers": num_layers, "hidden_size": hidden_size, "num_attention_heads": heads}
         config |= {"latent_kind": "set", "sample_size": max_atoms, "patch_size": 1, "in_channels": channels}
+        config |= {"out_channels": 2 * channels} if args.learned_variance else {}
         config |= read_model_config(args.model_config, DiT, config)
     else:
         check_base(args, base, cache)
@@ -113,6 +116,8 @@ def check_base(args: Namespace, base: ConditionalDenoiser, cache: SetCache) -> N
         if getattr(args, name) is not None:
             raise UserError(f"--{name} with {flag}: the run says what its model is; leave it out")
     config = base.model.config
+    if args.learned_variance != (config.out_channels == 2 * config.in_channels):
+        raise UserError(f"--learned_variance: {args.pretrained_model_name_or_path} was trained otherwise; keep to it")
     if config.get("latent_kind") != "set" or config.in_channels != cache.spec.shape[1]:
         raise UserError(
             f"{flag}: {args.pretrained_model_name_or_path} knows {config.get('latent_kind')} latents of "

@@ -100,7 +100,7 @@ def niggli_reduced(crystal: Crystal) -> Crystal:
     lattice = np.asarray(crystal.lattice, dtype=np.float64)
     cartesian = crystal.frac_coords @ lattice
     reduced = crystal_package("spglib").niggli_reduce(lattice)
-    if reduced is None or volume(reduced) < 1e-3:
+    if reduced is None or not 1e-3 <= volume(reduced) < np.inf:
         raise ValueError("the cell cannot be reduced")
     if np.linalg.det(reduced) < 0:
         reduced = -reduced

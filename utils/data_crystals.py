@@ -10,6 +10,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from utils.crystal_cif import CIF_COLUMN, TENSOR_COLUMNS, parse_rows
 from utils.crystals import Crystal, cell_matrix, cell_parameters, formula_of, wrapped
@@ -104,8 +106,8 @@ def read_table(path: Path, flag: str) -> list[dict[str, Any]]:
     that cannot be read or has no crystals.
     """
     try:
-        rows = read_csv(path) if path.suffix == ".csv" else read_parquet(path)
-    except Exception as error:  # pyarrow, datasets and csv raise many kinds for a broken file
+        rows = read_csv(path) if path.suffix == ".csv" else pq.read_table(path).to_pylist()
+    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{flag}: {path} cannot be read: {reason}; write the file again") from error
     check_columns(rows, path, flag)
@@ -121,11 +123,6 @@ def check_columns(rows: list[dict[str, Any]], path: str | Path, flag: str) -> No
             f"{flag}: {path} has the columns {', '.join(sorted(rows[0]))}; crystals need a column {CIF_COLUMN}, or "
             f"{', '.join(TENSOR_COLUMNS)}"
         )
-
-
-def read_parquet(path: Path) -> list[dict[str, Any]]:
-    """The rows of a parquet file."""
-    return list(datasets.Dataset.from_parquet(str(path), keep_in_memory=True))
 
 
 def read_csv(path: Path) -> list[dict[str, Any]]:

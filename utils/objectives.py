@@ -15,6 +15,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from utils.draws import SampleDraws
+from utils.learned_variance import VarianceLoss
 from utils.tensor_ops import append_dims, masked_mean
 
 # arXiv 2303.09556, section 3.4, with snr = alpha^2 / sigma^2 and g = snr_gamma.
@@ -101,6 +102,8 @@ class DDPMObjective(Objective):
         input_perturbation: float = 0.0,
         device: torch.device | str = "cpu",
     ):
+        is_learned = scheduler.config.variance_type == "learned_range"
+        self.variance_loss = VarianceLoss(scheduler, device) if is_learned else None
         self.prediction_type = scheduler.config.prediction_type
         if scheduler.config.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError(
@@ -138,6 +141,18 @@ class DDPMObjective(Objective):
             "sample": lambda: model_pred,
         }
         return predictions[self.prediction_type]()
+
+    def sample_losses(
+        self, model_pred: Tensor, target: Tensor, timesteps: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """With a learned variance `model_pred` has the share of the variance behind the prediction, on the last axis
+        (`L_hybrid` of arXiv 2102.09672, equation 16).
+        """
+        if self.variance_loss is None:
+            return super().sample_losses(model_pred, target, timesteps, mask)
+        prediction, share = model_pred.chunk(2, dim=-1)
+        losses = super().sample_losses(prediction, target, timesteps, mask)
+        return losses + self.variance_loss(share, prediction - target, timesteps, mask)
 
     def loss_weight(self, timesteps: Tensor) -> Tensor:
         if self.snr_gamma is None:
@@ -200,6 +215,7 @@ def training_scheduler(
     beta_schedule: str = "scaled_linear",
     rescale_betas_zero_snr: bool = False,
     flow_shift: float = 1.0,
+    learned_variance: bool = False,
 ) -> DDPMScheduler | FlowMatchEulerDiscreteScheduler:
     """The scheduler whose config is saved with the model and from which objective and samplers are built.
 
@@ -219,4 +235,5 @@ def training_scheduler(
         timestep_spacing="trailing",
         steps_offset=1,  # unused by trailing spacing; StableDiffusionPipeline complains of any other value
         rescale_betas_zero_snr=rescale_betas_zero_snr,
+        variance_type="learned_range" if learned_variance else "fixed_small",
     )

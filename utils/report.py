@@ -20,6 +20,7 @@ table { border-collapse: collapse; } td, th { padding: .25rem .8rem .25rem 0; te
 th { border-bottom: 1px solid #999; } td { border-bottom: 1px solid #eee; }
 small { color: #666; } img, svg { max-width: 100%; } img { image-rendering: pixelated; } li { margin: .2rem 0; }
 """.strip()
+IN_FEATURES, NO_COMPARISON = "In the features of {}", "Figures of different features cannot be compared."
 
 
 @dataclass
@@ -39,9 +40,11 @@ def write(
     titles: dict[str, tuple[str, str]],
     sweep: str | None,
     arguments: dict[str, Any],
+    heading: str = IN_FEATURES,
+    remark: str = NO_COMPARISON,
 ) -> None:
     """`metrics.json` and `report.html`. `facts` are what was compared; `sweep` the name of what the points differ
-    in."""
+    in; `heading` stands above each group, `remark` above all of them."""
     output_dir.mkdir(parents=True, exist_ok=True)
     measured = [
         {
@@ -59,7 +62,9 @@ def write(
     ]
     values = {"compared": facts, "notes": notes, "sweep": sweep, "points": measured, "arguments": arguments}
     write_json(output_dir / "metrics.json", values)
-    write_text(output_dir / "report.html", html_report("Evaluation", facts, notes, points, titles, sweep))
+    write_text(
+        output_dir / "report.html", html_report("Evaluation", facts, notes, points, titles, sweep, heading, remark)
+    )
 
 
 # ---- terminal
@@ -102,6 +107,36 @@ def terminal_tables(points: list[Point], titles: dict[str, tuple[str, str]]) -> 
     return "\n".join(lines)
 
 
+def side_by_side(points: list[Point], titles: dict[str, tuple[str, str]]) -> str:
+    """One table with a row for each figure and a column for each point; a figure on fewer samples than the rest of its
+    column says how many."""
+    counts = [
+        max((f.num_samples for group in point.groups for f in group.figures.values()), default=0) for point in points
+    ]
+    rows = [["", *(point.name for point in points)], ["", *(f"n = {count}" for count in counts)]]
+    reasons = []
+    for features in dict.fromkeys(group.features for point in points for group in point.groups):
+        of_points = [[group for group in point.groups if group.features == features] for point in points]
+        figures = [{name: f for group in groups for name, f in group.figures.items()} for groups in of_points]
+        rows.append([features, *("" for _ in points)])
+        for name in dict.fromkeys(name for each in figures for name in each):
+            cells = [plain_cell(each.get(name), count) for each, count in zip(figures, counts, strict=True)]
+            rows.append(["  " + title_of(name, titles), *cells])
+        left_out = [pair for groups in of_points for group in groups for pair in group.not_measured.items()]
+        reasons += [f"{titles[name][0] if name in titles else name}: not measured, {why}" for name, why in left_out]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(["", *lines, "", *dict.fromkeys(reasons)])
+
+
+def plain_cell(figure: Figure | None, usual: int) -> str:
+    """Value and interval, and the number of samples where it is not the usual one."""
+    if figure is None:
+        return ""
+    text = f"{digits(figure.value)} {interval_of(figure)}"
+    return text if figure.num_samples == usual else f"{text} n = {figure.num_samples}"
+
+
 # ---- HTML
 
 
@@ -112,6 +147,8 @@ def html_report(
     points: list[Point],
     titles: dict[str, tuple[str, str]],
     sweep: str | None,
+    heading: str = IN_FEATURES,
+    remark: str = NO_COMPARISON,
 ) -> str:
     """The whole file."""
     parts = [f"<h1>{html.escape(title)}</h1>", html_table([("", ""), *facts.items()])]
@@ -119,16 +156,17 @@ def html_report(
         parts += ["<ul>", *(f"<li>{html.escape(note)}</li>" for note in notes), "</ul>"]
     parts.append(
         "<p><small>Brackets hold 95 % intervals over the draw of the samples; the reference counts as given. "
-        "Figures of different features cannot be compared.</small></p>"
+        f"{html.escape(remark)}</small></p>"
     )
     for features in dict.fromkeys(group.features for point in points for group in point.groups):
-        parts += [f"<h2>In the features of {html.escape(features)}</h2>", features_table(features, points, titles)]
+        group_title = html.escape(heading.format(features))
+        parts += [f"<h2>{group_title}</h2>", features_table(features, points, titles)]
     if sweep:
         parts += sweep_charts(points, titles, sweep)
     for point in points:
         for caption, picture in point.pictures:
-            heading = f"{point.name}: {caption}" if point.name else caption
-            parts += [f"<h2>{html.escape(heading)}</h2>", inline_image(picture, heading)]
+            title_of_picture = f"{point.name}: {caption}" if point.name else caption
+            parts += [f"<h2>{html.escape(title_of_picture)}</h2>", inline_image(picture, title_of_picture)]
     head = f"<meta charset='utf-8'><title>{html.escape(title)}</title><style>{CSS}</style>"
     return f"<!doctype html>\n<html lang='en'><head>{head}</head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
 

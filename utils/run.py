@@ -112,6 +112,7 @@ def millions_of_parameters(model: nn.Module) -> float:
 
 
 IDENTITY_FLAGS = (
+    "learned_variance",
     "model",
     "model_size",
     "vae_size",

@@ -48,7 +48,9 @@ def sampling_scheduler(
     if is_flow(trained_with) != (name in FLOW_SAMPLERS):
         fitting = [each for each in SAMPLERS if (each in FLOW_SAMPLERS) == is_flow(trained_with)]
         raise UserError(f"--scheduler {name}: this run was trained for {', '.join(fitting)}; use one of these")
-    scheduler = SAMPLERS[name].from_config(trained_with.config)
+    # Only DDPM samples a learned variance; DPM-Solver++ would take the first three channels for the prediction.
+    others = {"variance_type": None} if name == "dpmsolver++" else {}
+    scheduler = SAMPLERS[name].from_config(trained_with.config, **others)
     fault = num_inference_steps and fault_of_steps(scheduler, num_inference_steps)
     if fault:
         last = min(num_inference_steps, scheduler.config.num_train_timesteps)

@@ -92,9 +92,12 @@ class CrystalVAE(ModelMixin, ConfigMixin):
         self.decoder_norm = nn.RMSNorm(hidden_size, eps=1e-6)
         self.to_elements = nn.Linear(hidden_size, num_elements)
         self.to_sites = nn.Linear(hidden_size, 6)
-        self.to_cell = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, 6))
+        to_parameters = nn.Linear(hidden_size, 6)
+        self.to_cell = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.SiLU(), to_parameters)
         nn.init.normal_(self.element_embed.weight, std=1.0)
-        self.to_cell[2].bias.data = torch.tensor([TYPICAL_LENGTH] * 3 + [math.pi / 2] * 3)
+        with torch.no_grad():  # a cube of usual size
+            to_parameters.bias[:3].fill_(TYPICAL_LENGTH)
+            to_parameters.bias[3:].fill_(math.pi / 2)
 
     def encode(
         self, atomic_numbers: Tensor, frac_coords: Tensor, lengths: Tensor, angles: Tensor, attention_mask: Tensor
