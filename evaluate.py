@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 
 from utils import eval_args, eval_crystal_args, sample_args
+from utils.errors import UserError
 from utils.parsing import parse_with_config, peek, run_script
 
 
@@ -121,6 +122,7 @@ def open_real(args: argparse.Namespace, extractors: list, num_samples: int):
 def evaluate_images(args: argparse.Namespace) -> None:
     from utils import eval_figures, eval_images, pictures, report, requests, sampling
     from utils.codecs import measure_shape
+    from utils.crystal_export import is_crystal_run
     from utils.eval_measured import measure
     from utils.features import ClassifierFeatures, PixelFeatures, load_features
 
@@ -142,6 +144,8 @@ def evaluate_images(args: argparse.Namespace) -> None:
         args.num_samples = len(samples)
     else:
         run_dir = Path(args.model) if args.model else requests.newest_run(Path("runs"))
+        if is_crystal_run(run_dir):
+            raise UserError(f"--model: {run_dir} is a crystal run; add --modality crystal, or give a run of images")
         args.num_samples = args.num_samples or eval_args.DEFAULT_SAMPLES_OF_A_RUN
     real = open_real(args, extractors, args.num_samples)
     output_dir = Path(args.output_dir) if args.output_dir else None

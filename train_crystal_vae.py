@@ -147,6 +147,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not control.interrupted:
         with run.averaged_weights(accelerator, model, ema):
+            figures = figures or reconstructions.run(model, first_step)  # of a run that had no step left
             statistics = crystal_training.measure_latents(model, data.train)
             crystal_training.save_vae(model, statistics, figures, output_dir / "vae")
     accelerator.end_training()

@@ -29,7 +29,7 @@ def make_pipeline(
     denoiser: ConditionalDenoiser, spec: LatentSpec, normalisation: Normalisation, scheduler: Any
 ) -> CrystalPipeline:
     """A pipeline around the live denoiser. Raises UserError if the VAE is no longer the one that made the cache."""
-    vae = load_crystal_vae(spec.vae)
+    vae = load_crystal_vae(spec.vae, "--latents_dir")
     check_weights(vae, spec.vae, spec.fingerprint["vae"]["sha256"])
     num_items = {int(count): times for count, times in (spec.num_items or {}).items()}
     return CrystalPipeline(denoiser, sampling_scheduler(scheduler), vae, normalisation, num_items)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from utils.build import fine_tuned, load_base, read_model_config
+from utils.codecs import weights_hash
 from utils.conditions import ConditionSum, NoCondition
 from utils.crystal_args import parse_conditions
 from utils.crystal_codec import load_crystal_vae
 from utils.data_crystals import CrystalTable, load_crystals
 from utils.draws import SampleDraws
 from utils.errors import UserError
-from utils.export import check_weights
 from utils.files import sha256_json
 from utils.models.denoiser import ConditionalDenoiser
 from utils.models.dit import DIT_SIZES, DiT
@@ -75,7 +75,7 @@ def open_set_cache(args: Namespace) -> SetCache:
     conditions = {name: describe_condition(cache, kind, name) for name, kind in asked.items()}
     cache.use_conditions(conditions)
     for name, values in cache.values.items():
-        missing = int(np.isnan(values).sum() if values.dtype == np.float64 else (values < 0).sum())
+        missing = int(((values < 0) if values.dtype == np.int64 else ~np.isfinite(values)).sum())
         if missing:
             logger.warning("%s is not known of %d of %d crystals, which train without it", name, missing, len(values))
     return cache
@@ -91,6 +91,10 @@ def build_set_denoiser(args: Namespace, cache: SetCache) -> ConditionalDenoiser:
         config |= {"latent_kind": "set", "sample_size": max_atoms, "patch_size": 1, "in_channels": channels}
         config |= {"out_channels": 2 * channels} if args.learned_variance else {}
         config |= read_model_config(args.model_config, DiT, config)
+        if config["latent_kind"] != "set":
+            raise UserError(
+                f"--model_config {args.model_config}: latent_kind {config['latent_kind']}; crystals are a set"
+            )
     else:
         check_base(args, base, cache)
         config = {name: value for name, value in base.model.config.items() if not name.startswith("_")}
@@ -126,7 +130,19 @@ def check_base(args: Namespace, base: ConditionalDenoiser, cache: SetCache) -> N
         )
     run_dir = Path(args.pretrained_model_name_or_path)
     folder = next(each / "vae" for each in (run_dir, run_dir.parent) if (each / "vae").is_dir())
-    check_weights(load_crystal_vae(str(folder)), str(folder), cache.spec.fingerprint["vae"]["sha256"])
+    if weights_hash(load_crystal_vae(str(folder))) != cache.spec.fingerprint["vae"]["sha256"]:
+        raise UserError(f"{flag}: {run_dir} knows latents of another VAE; precompute --latents_dir with {folder}")
+    known: dict[str, dict[str, Any]] = base.conditions.config.get("columns") or {}
+    if known:  # its means, stds and categories are what it understands
+        ours, theirs = (
+            {name: settings["kind"] for name, settings in each.items()} for each in (cache.conditions, known)
+        )
+        if ours != theirs:
+            had = ", ".join(f"{name} ({kind})" for name, kind in theirs.items())
+            raise UserError(
+                f"--condition: {run_dir} was trained with {had}; ask for the same, or start from an unconditional run"
+            )
+        cache.use_conditions(known)
 
 
 def draw_drops(draws: SampleDraws, prob: float, names: Sequence[str]) -> Tensor:

@@ -110,6 +110,8 @@ class Judge:
                 self.reasons[name] = "needs --training_data, which a regressor learns it from"
             elif name not in number_columns(self.real.training):
                 self.reasons[name] = f"--training_data has no column of numbers {name}"
+            elif name not in number_columns(self.real.held_out):
+                self.reasons[name] = f"--reference has no column of numbers {name}: what its error is, nobody knows"
             elif name not in self.regressors:
                 self.regressors[name] = Regressor(self.real.training, name)
 

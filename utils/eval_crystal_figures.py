@@ -23,6 +23,7 @@ from utils.metrics_intervals import Figure, half_sampling_figure, mean_figure, r
 from utils.metrics_structures import is_structurally_valid, match_pairs
 
 METASTABLE = 0.1  # eV per atom above the hull: MatterGen's bound, arXiv 2312.03687
+MIN_FOR_HALVES = 4  # samples with a value, for a figure of them
 MAX_TARGETS = 12  # values of a property that get a row each
 Found = tuple[dict[str, Figure], dict[str, str]]  # figures, and what is not measured with the reason
 
@@ -137,12 +138,12 @@ def properties(evidence: Evidence) -> Found:
         known = np.isfinite(predicted)
         note = f"{int((~known).sum())} are not valid and have none" if not known.all() else ""
         asked, predicted = asked[known], predicted[known]
-        if len(asked) < 4:
+        if len(asked) < MIN_FOR_HALVES:
             continue
         figures[f"{name}_spearman"] = halves_figure(spearman, np.stack([asked, predicted], axis=1), note, -1, 1)
         figures[f"{name}_error"] = mean_figure(torch.as_tensor(np.abs(asked - predicted)), note)
-        values = np.unique(asked) if column.kind != HELD_OUT else []
-        for value in values if len(values) <= MAX_TARGETS else []:
+        values = [value for value in set(asked.tolist()) if (asked == value).sum() >= MIN_FOR_HALVES]
+        for value in sorted(values) if column.kind != HELD_OUT and len(values) <= MAX_TARGETS else []:
             figures[f"{name}_at_{value:g}"] = halves_figure(np.median, predicted[asked == value])
     return figures, {f"{name}_spearman": why for name, why in judge.reasons.items()}
 
@@ -164,8 +165,7 @@ def halves_figure(
     highest: float = np.inf,
 ) -> Figure:
     """A statistic of rows with the interval of half-sampling."""
-    halves = random_halves(len(values)).numpy() if len(values) > 3 else []
-    of_halves = [float(statistic(values[half])) for half in halves] or [0.0, 0.0]
+    of_halves = [float(statistic(values[half])) for half in random_halves(len(values)).numpy()]
     return half_sampling_figure(float(statistic(values)), of_halves, len(values), note, lowest, highest)
 
 
@@ -177,8 +177,8 @@ def stability(evidence: Evidence) -> Found:
         return {}, dict.fromkeys(("energy_above_hull", "metastable", "sun"), f"needs {needs}")
     above = judge.hull.above(evidence.column.crystals)
     known = np.isfinite(above)
-    if not known.any():
-        reason = "the calculator fails, or the hull lacks an element of every crystal"
+    if known.sum() < MIN_FOR_HALVES:
+        reason = f"{int(known.sum())} crystals have one: the calculator fails, or the hull lacks an element"
         return {}, dict.fromkeys(("energy_above_hull", "metastable", "sun"), reason)
     stable = known & (np.nan_to_num(above, nan=np.inf) <= METASTABLE)
     note = "" if known.all() else f"{int((~known).sum())} have none: not valid, or an element is not in the hull"

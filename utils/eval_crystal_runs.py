@@ -139,7 +139,7 @@ def evaluate_crystals(args: Namespace) -> None:
     requests = columns[0].requests
     asked = list(dict.fromkeys(name for request in requests for name in request))
     rows = rows_at_most(len(real.held_out), len(requests)).numpy()
-    held_out = real.column(rows, asked)
+    held_out = real.column(rows, asked, with_counterparts=any(columns[0].counterparts))
     permuted = [each for column in columns if (each := shuffled(column, args.seed)) is not None]
 
     # Measure
@@ -152,12 +152,13 @@ def evaluate_crystals(args: Namespace) -> None:
     points += [report.Point(column.name, groups_of(column, judge, OF_REQUESTS)) for column in permuted]
 
     # Report
-    training = f"{args.training_data} ({len(real.training)} crystals)" if real.training is not None else "none"
+    of_split = f", split {args.reference_split}" if "split" in real.held_out.columns else ""
     facts = {
         "samples": f"{args.samples or args.model} ({len(requests)} crystals)",
-        "held-out real": f"{args.reference} ({len(held_out.crystals)} of {len(real.held_out)} crystals)",
-        "training data": training,
+        "held-out real": f"{args.reference}{of_split} ({len(held_out.crystals)} of {len(real.held_out)} crystals)",
     }
+    if real.training is not None:
+        facts["training data"] = f"{args.training_data} ({len(real.training)} crystals)"
     if settings:
         facts["sampling"] = ", ".join(f"{key} {value}" for key, value in settings.items() if key not in swept)
     for flag, table in (("--reference", real.held_out), ("--training_data", real.training)):

@@ -57,9 +57,9 @@ class Real:
         formulas = [formula_of(atoms_of(each["composition"])) if "composition" in each else "" for each in requests]
         return [[self.held_out.crystal(row) for row in self.by_formula.get(formula, [])] for formula in formulas]
 
-    def column(self, rows: np.ndarray, asked: Sequence[str]) -> Column:
+    def column(self, rows: np.ndarray, asked: Sequence[str], with_counterparts: bool) -> Column:
         """Held-out crystals as a column, each as if it were the answer to what it is: its composition, chemical system
-        and numbers, of those that are named in `asked`.
+        and numbers, of those that are named in `asked`; and, `with_counterparts`, its own counterpart.
         """
         table = self.held_out.take(rows)
         crystals = table.crystals()
@@ -72,7 +72,7 @@ class Real:
             }
             own |= {name: float(v[i]) for name, v in number_columns(table).items() if np.isfinite(v[i])}
             request |= {name: own[name] for name in asked if name in own}
-        counterparts = [[crystal] if "composition" in asked else [] for crystal in crystals]
+        counterparts = [[crystal] if with_counterparts else [] for crystal in crystals]
         return Column(HELD_OUT, HELD_OUT, crystals, requests, counterparts)
 
 

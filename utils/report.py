@@ -118,7 +118,7 @@ def side_by_side(points: list[Point], titles: dict[str, tuple[str, str]]) -> str
     for features in dict.fromkeys(group.features for point in points for group in point.groups):
         of_points = [[group for group in point.groups if group.features == features] for point in points]
         figures = [{name: f for group in groups for name, f in group.figures.items()} for groups in of_points]
-        rows.append([features, *("" for _ in points)])
+        rows += [[features, *("" for _ in points)]] if any(figures) else []
         for name in dict.fromkeys(name for each in figures for name in each):
             cells = [plain_cell(each.get(name), count) for each, count in zip(figures, counts, strict=True)]
             rows.append(["  " + title_of(name, titles), *cells])

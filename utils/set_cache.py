@@ -13,6 +13,7 @@ from utils.latent_cache import LatentCache, RowGatherer
 
 CONDITION_KINDS = ("property", "composition", "chemical_system", "class")
 OF_ATOMS = ("composition", "chemical_system")  # which follow from the atoms, and need no column
+TAKEN = ("latents", "attention_mask", "positions")  # names of a batch's own values
 
 
 class SetCache(LatentCache):
@@ -35,7 +36,7 @@ class SetCache(LatentCache):
         self.conditions = conditions
         for name, settings in conditions.items():
             if settings["kind"] not in OF_ATOMS:
-                column = self.column(name)
+                column = self.column(name, settings["kind"])
                 self.values[name] = category_numbers(column, settings["names"]) if "names" in settings else column
 
     def like(self, cache_dir: str | Path) -> "SetCache":
@@ -45,11 +46,17 @@ class SetCache(LatentCache):
         other.use_conditions(self.conditions)
         return other
 
-    def column(self, name: str) -> np.ndarray:
-        """A column of the source (R,): float64 with NaN, or text with None where there is none."""
+    def column(self, name: str, kind: str) -> np.ndarray:
+        """A column of the source (R,), for a `kind` of condition: float64 with NaN, or text with None where there is
+        none.
+        """
         known = self.spec.columns or {}
+        if name in TAKEN:
+            raise UserError(f"--condition {kind}:{name}: batches have something else of that name; rename the column")
         if name not in known:
             raise UserError(f"--condition: the latent cache has no column {name}; it has {', '.join(known) or 'none'}")
+        if kind == "property" and known[name] != "number":
+            raise UserError(f"--condition property:{name}: it holds text; use class:{name}")
         values = self.table.data.column(f"column.{name}").to_numpy()
         return values.astype(np.float64 if known[name] == "number" else object)
 
@@ -79,8 +86,8 @@ def elements_of(atomic_numbers: Tensor, kind: str) -> Tensor:
 
 
 def category_name(value: Any) -> str | None:
-    """A value of a column as the name of its category: 225.0 is 225."""
-    if value is None or (isinstance(value, float) and np.isnan(value)):
+    """A value of a column as the name of its category: 225.0 is 225. None where there is none: of "" too."""
+    if value is None or value == "" or (isinstance(value, float) and not np.isfinite(value)):
         return None
     return str(int(value)) if isinstance(value, float) and value == int(value) else str(value)
 
@@ -97,16 +104,14 @@ def describe_condition(cache: SetCache, kind: str, name: str) -> dict[str, Any]:
     """
     if kind in OF_ATOMS:
         return {"kind": kind, "num_elements": MAX_ATOMIC_NUMBER}
-    column = cache.column(name)
+    column = cache.column(name, kind)
     if kind == "class":
         names = sorted({found for value in column if (found := category_name(value)) is not None})
         if len(names) < 2:
             raise UserError(f"--condition class:{name}: it has {len(names)} different values; a condition needs two")
         return {"kind": kind, "names": names}
-    if column.dtype == object:
-        raise UserError(f"--condition property:{name}: it holds text; use class:{name}")
     known = column[np.isfinite(column)]
-    if len(known) < 2 or np.std(known) == 0:
+    if len(known) < 2 or np.ptp(known) == 0:  # the std of equal numbers may be 1e-17
         what = "is the same everywhere" if len(known) else "holds no number"
         raise UserError(f"--condition property:{name}: the column {what}; a condition needs different values")
     return {"kind": kind, "mean": float(known.mean()), "std": float(known.std())}
