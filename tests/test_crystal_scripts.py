@@ -733,7 +733,6 @@ def test_caches_that_are_none(image_folder, tiny_vae, ldm_flags, tmp_path):
     assert "this is the cache that is trained on" in message
 
 
-@pytest.mark.xfail(strict=True, reason="utils/training_data.py: open_cache reads the resolution of any cache")
 @pytest.mark.parametrize("script", ["train_class_cond_ldm.py", "train_text_to_image_ldm.py"])
 def test_a_cache_of_crystals_is_no_cache_of_images(script, caches, model_flags, tmp_path):
     flags = ["--latents_dir", caches["train"], *model_flags["dit"], "--output_dir", tmp_path / "run"]

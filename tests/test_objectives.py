@@ -304,6 +304,17 @@ def test_noise_offset_is_one_number_a_channel_and_in_the_target():
     torch.testing.assert_close(noisy_latents, sigma * offset.target(latents, noise, timesteps))
 
 
+def test_noise_offset_of_a_set_is_the_same_for_all_its_items():
+    """Channels of sets (B, N, C) and vectors (B, C) are last."""
+    draws = SampleDraws(0, torch.arange(8))
+    offset, plain = build("epsilon", {"noise_offset": 0.2})[0], build("epsilon")[0]
+    for shape in ((8, 5, 3), (8, 3)):
+        difference = offset.sample_noise(torch.zeros(shape), draws) - plain.sample_noise(torch.zeros(shape), draws)
+        items = difference.view(8, -1, 3)
+        assert (items - items[:, :1]).abs().max() < 1e-6
+        assert items[:, 0].std(dim=1).min() > 1e-3  # another number for each channel
+
+
 def test_input_perturbation_is_not_in_the_target():
     """The input's noise has variance 1 + p^2 and the target the unperturbed noise (arXiv 2301.11706, algorithm 1)."""
     draws = SampleDraws(0, torch.arange(2000))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from utils.errors import UserError
 from utils.files import read_json
 from utils.models.pixel_codec import PixelCodec
+from utils.tensor_ops import per_channel
 
 PIXELS = "pixels"  # the name of the codec that changes nothing, where otherwise a VAE is named
 
@@ -125,9 +126,8 @@ class Normalisation:
         return cls((shift,) * channels, (1.0 / scaling,) * channels)
 
     def _broadcast(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (1, -1, 1, 1) if like.ndim == 4 else (-1,)  # channels lead in grids, and are last in sets and vectors
-        mean, std = (torch.tensor(v, device=like.device, dtype=torch.float32) for v in (self.mean, self.std))
-        return mean.view(shape), std.view(shape)
+        mean, std = (torch.tensor([v], device=like.device, dtype=torch.float32) for v in (self.mean, self.std))
+        return per_channel(mean, like), per_channel(std, like)
 
     def normalise(self, raw_latents: Tensor) -> Tensor:
         """Raw latents, grids (B, C, H, W) or (B, ..., C) -> what the denoiser sees."""

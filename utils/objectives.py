@@ -16,7 +16,7 @@ from torch import Tensor
 
 from utils.draws import SampleDraws
 from utils.learned_variance import VarianceLoss
-from utils.tensor_ops import append_dims, masked_mean
+from utils.tensor_ops import append_dims, masked_mean, num_channels, per_channel
 
 # arXiv 2303.09556, section 3.4, with snr = alpha^2 / sigma^2 and g = snr_gamma.
 MIN_SNR_WEIGHTS = {
@@ -41,13 +41,13 @@ class Objective(ABC):
         """Uniform numbers (B,) in [0, 1) -> timesteps (B,), by the inverse of the timestep density's distribution."""
 
     def sample_noise(self, latents: Tensor, draws: SampleDraws) -> Tensor:
-        """Noise like `latents` (B, C, ...). The offset, one number a channel, belongs to the noise and so to the
+        """Noise like `latents`. The offset, one number a channel, belongs to the noise and so to the
         target.
         """
         noise = draws.normal("noise", latents.shape)
         if self.noise_offset:
-            offset = draws.normal("noise_offset", latents.shape[:2])
-            noise = noise + self.noise_offset * append_dims(offset, latents.ndim)
+            offset = draws.normal("noise_offset", (len(latents), num_channels(latents)))
+            noise = noise + self.noise_offset * per_channel(offset, latents)
         return noise
 
     def perturb(self, noise: Tensor, draws: SampleDraws) -> Tensor:

@@ -30,7 +30,7 @@ def add_sampler_args(parser: ArgumentParser) -> None:
         "--guidance_scale",
         type=non_negative_float,
         default=None,
-        help="1 = off. Default: 7.5; 2 with --guide_model; off for an unconditional run without one.",
+        help="1 = off. Default: 7.5 for images, 2 for crystals and with --guide_model; off where nothing is asked.",
     )
     group.add_argument(
         "--guidance_interval",
@@ -59,8 +59,8 @@ def add_sampler_args(parser: ArgumentParser) -> None:
         default=None,
         help="Sample EDM2's average of this relative width, made of the snapshots that --ema_sigma_rels kept.",
     )
-    group.add_argument("--seed", type=non_negative_int, default=0, help="Seed of the first image.")
-    group.add_argument("--batch_size", type=positive_int, default=16, help="Images made at once.")
+    group.add_argument("--seed", type=non_negative_int, default=0, help="Seed of the first sample.")
+    group.add_argument("--batch_size", type=positive_int, default=16, help="Samples made at once.")
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Autocast.")
     group.add_argument("--device", default=None, help="cuda, cpu, ... Default: cuda where there is one.")
 

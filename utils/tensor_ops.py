@@ -9,6 +9,18 @@ def append_dims(values: Tensor, ndim: int) -> Tensor:
     return values.reshape(values.shape + (1,) * (ndim - values.ndim))
 
 
+def num_channels(latents: Tensor) -> int:
+    """Channels of latents: they lead in grids (B, C, H, W), and are last in sets (B, N, C) and vectors (B, C)."""
+    return latents.shape[1 if latents.ndim == 4 else -1]
+
+
+def per_channel(values: Tensor, latents: Tensor) -> Tensor:
+    """A number for each channel, (1 or B, C), with the axes that let it broadcast over `latents`."""
+    between = (1,) * (latents.ndim - 2)
+    shape = (*values.shape, *between) if latents.ndim == 4 else (len(values), *between, values.shape[1])
+    return values.reshape(shape)
+
+
 def masked_mean(values: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Mean of each sample over everything but the batch axis, (B, ...) -> (B,).
 

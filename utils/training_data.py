@@ -38,6 +38,10 @@ def open_cache(args: Namespace, accelerator: Accelerator, output_dir: Path) -> L
     folder = args.latents_dir.replace("{process}", str(accelerator.process_index))
     specs = gather_specs(folder)
     spec = pool(specs)
+    if spec.kind != "image":
+        raise UserError(
+            f"--latents_dir: {args.latents_dir} holds latents of a {spec.kind}; crystals are for train_crystal_ldm.py"
+        )
     check_fingerprint(spec.fingerprint, asked_of_cache(args, spec), args.latents_dir)
     # args.yaml should tell what was trained on, and not the defaults of flags that played no part.
     args.resolution, args.random_flip = spec.fingerprint["resolution"], spec.flips

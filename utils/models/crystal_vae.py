@@ -30,9 +30,9 @@ class CrystalVAEPreset(NamedTuple):
 
 # fmt: off
 CRYSTAL_VAE_SIZES = {
-    "small": CrystalVAEPreset(128, 3, 4),  #  1.7M parameters
-    "base":  CrystalVAEPreset(256, 4, 8),  #  8.7M
-    "large": CrystalVAEPreset(512, 8, 8),  # 68M
+    "small": CrystalVAEPreset(128, 3, 4),  #  1.3M parameters
+    "base":  CrystalVAEPreset(256, 4, 8),  #  6.7M
+    "large": CrystalVAEPreset(512, 8, 8),  # 51M
 }
 # fmt: on
 
