@@ -8,6 +8,7 @@
 PYTHON ?= python3
 VENV := .venv
 DEMO := runs/demo
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint format clean
@@ -49,8 +50,10 @@ demo: $(VENV)/.installed
 	@echo "the demo took $$(( $$(date +%s) - $$(cat $(DEMO)/.started) )) seconds: look at $(DEMO)/grid.png"
 	@rm $(DEMO)/.started
 
+# Two processes, a file of tests each at a time, with one thread each: what they compare, they compare bit for bit.
+test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(VENV)/bin/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile
 
 test-slow: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -m slow
