@@ -183,6 +183,8 @@ def parse_conditions(texts: list[str] | None, kinds: tuple[str, ...], of_atoms: 
             raise UserError(f"--condition {text}: {kind} follows from the atoms; write {kind} alone")
         if kind not in of_atoms and not column:
             raise UserError(f"--condition {text}: name the column, as in {kind}:band_gap")
+        if column in of_atoms:
+            raise UserError(f"--condition {text}: {column} is a condition of the atoms; rename the column")
         name = column or kind
         if name in found:
             raise UserError(f"--condition {text}: {name} is named twice; name it once")

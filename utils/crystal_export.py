@@ -73,7 +73,10 @@ def load_crystal_run(
         last_step = read_json(checkpoint / MANIFEST)["global_step"] if checkpoint else None
         denoiser.load_state_dict(denoiser.state_dict() | reconstruct(run_dir, ema_sigma_rel, last_step))
     if lora_dir is not None:
-        denoiser = lora.merge_lora(lora.load_lora(denoiser, lora_dir))
+        adapted = lora.load_lora(denoiser, lora_dir)
+        if denoiser.conditions.config.get("columns") not in (None, adapted.conditions.config.get("columns")):
+            raise UserError(f"--lora: {lora_dir} was trained with other conditions than {path}; give the run it is of")
+        denoiser = lora.merge_lora(adapted)
     scheduler_class = SCHEDULER_CLASSES[read_json(run_dir / "scheduler" / "scheduler_config.json")["_class_name"]]
     normalisation = {k: tuple(v) for k, v in read_json(run_dir / "latent_normalisation.json").items()}
     return CrystalPipeline(
@@ -89,6 +92,8 @@ def load_crystal_guide(path: str, pipeline: CrystalPipeline) -> ConditionalDenoi
     """The weaker run or checkpoint that guides `pipeline` (autoguidance), on the CPU, where `pipeline` still must be.
     Raises UserError for one that was trained on something else, and for the run itself.
     """
+    if Path(path).is_dir() and not is_crystal_run(Path(path)):
+        raise UserError(f"--guide_model: {path} is no run of crystals; give a weaker run on the same latents")
     guide = load_crystal_run(path, flag="--guide_model")
     same = {
         "other conditions": pipeline.columns == guide.columns,

@@ -64,16 +64,23 @@ class CrystalPipeline:
         self.vae.to(device)
         return self
 
-    def draw_num_atoms(self, count: int, seed: int, multiple_of: Sequence[int] | None = None) -> np.ndarray:
+    def draw_num_atoms(
+        self, count: int, seed: int, multiple_of: Sequence[int] | None = None, at_least: Sequence[int] | None = None
+    ) -> np.ndarray:
         """Numbers of atoms (count,) from the histogram of the training set; sample i depends on `seed` + i alone.
-        `multiple_of`: sample i has a multiple of its i-th entry, one formula unit where the histogram has none.
+        `multiple_of`, `at_least`: sample i has a multiple of its i-th entry, and no fewer; the fewest such, where the
+        histogram has none.
         """
-        numbers = np.array([])
         drawn = []
         for i in range(count):
             unit = 1 if multiple_of is None else multiple_of[i]
-            fitting = {number: times for number, times in self.num_items.items() if number % unit == 0}
-            numbers = np.array(list(fitting) or [unit])
+            fewest = unit if at_least is None else at_least[i]
+            fitting = {
+                number: times
+                for number, times in self.num_items.items()
+                if number % unit == 0 and fewest <= number <= self.max_atoms
+            }
+            numbers = np.array(list(fitting) or [-(-fewest // unit) * unit])
             weights = np.array(list(fitting.values()) or [1], dtype=np.float64)
             drawn.append(np.random.default_rng([seed + i, 1]).choice(numbers, p=weights / weights.sum()))
         return np.array(drawn)

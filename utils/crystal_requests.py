@@ -34,7 +34,12 @@ def requested_crystals(
     of properties and classes; a single one, perhaps empty, without either. Raises UserError for what the run was not
     trained on.
     """
-    shared = dict(parse_assignment(pipeline, run_dir, text) for text in assignments)
+    shared: dict[str, Any] = {}
+    for text in assignments:
+        name, value = parse_assignment(pipeline, run_dir, text)
+        if name in shared:
+            raise UserError(f"--property {text}: {name} is asked for twice; ask once")
+        shared[name] = value
     for flag, given in (("composition", compositions), ("chemical_system", chemical_systems)):
         if given and flag not in pipeline.columns and not (flag == "composition" and clamp_composition):
             hint = "; add --clamp_composition to fix the atoms instead" if flag == "composition" else ""
@@ -44,14 +49,14 @@ def requested_crystals(
     requests = [{"composition": text} for text in compositions]
     requests += [{"chemical_system": text} for text in chemical_systems]
     for request in requests:  # what cannot be read is said here
-        counts = parse_formula(request["composition"]) if "composition" in request else {}
-        if "chemical_system" in request:
-            parse_chemical_system(request["chemical_system"])
-        if sum(counts.values()) > pipeline.max_atoms:
-            raise UserError(
-                f"--composition {request['composition']}: {sum(counts.values())} atoms, and {run_dir} was trained "
-                f"with up to {pipeline.max_atoms}"
-            )
+        for name, text in request.items():
+            needed = fewest_atoms(request)
+            if needed > pipeline.max_atoms:
+                what = "atoms" if name == "composition" else "elements"
+                raise UserError(
+                    f"{FLAGS[name]} {text}: {needed} {what}, and {run_dir} was trained with up to "
+                    f"{pipeline.max_atoms} atoms"
+                )
     return [request | shared for request in requests or [{}]]
 
 
@@ -61,7 +66,9 @@ def parse_assignment(pipeline: CrystalPipeline, run_dir: Path, text: str) -> tup
     settings = pipeline.columns.get(name)
     if not equals or not value:
         raise UserError(f"--property {text}: write NAME=VALUE, as in band_gap=1.5")
-    if settings is None or settings["kind"] in FLAGS:
+    if settings is not None and settings["kind"] in FLAGS:
+        raise UserError(f"--property {text}: use {FLAGS[name]} {value}")
+    if settings is None:
         raise UserError(f"--property {text}: {not_a_condition(pipeline, run_dir, name)}")
     if settings["kind"] == "property":
         try:
@@ -70,12 +77,21 @@ def parse_assignment(pipeline: CrystalPipeline, run_dir: Path, text: str) -> tup
             number = np.nan
         if not np.isfinite(number):
             raise UserError(f"--property {text}: {value} is not a number")
+        if abs(number) > np.finfo(np.float32).max:  # the model would be told nothing
+            raise UserError(f"--property {text}: too large for single precision; give a smaller number")
         return name, number
     found = category_name(value)
     if found not in settings["names"]:
         known = ", ".join(settings["names"][:20])
         raise UserError(f"--property {text}: the run knows these: {known}")
     return name, found
+
+
+def fewest_atoms(request: dict[str, Any]) -> int:
+    """Atoms that a request needs at least: those of a formula unit, or one of each element of a system."""
+    if "composition" in request:
+        return sum(parse_formula(request["composition"]).values())
+    return len(parse_chemical_system(request["chemical_system"])) if "chemical_system" in request else 1
 
 
 def not_a_condition(pipeline: CrystalPipeline, run_dir: Path, name: str) -> str:
@@ -128,6 +144,9 @@ def guidance_settings(
             f"--guidance_scale {guidance_scale:g}: no condition is asked for, there is nothing to guide towards; "
             "leave it out, or give a condition of the run"
         )
+    if pipeline.learns_variance and (with_guide or guidance_rescale):
+        flag = "--guide_model" if with_guide else "--guidance_rescale"
+        raise UserError(f"{flag}: not for a run with a learned variance; leave it out")
     pipeline.scheduler.set_timesteps(num_inference_steps)
     timesteps, total = pipeline.scheduler.timesteps, pipeline.scheduler.config.num_train_timesteps
     try:
@@ -147,16 +166,21 @@ def numbers_of_atoms(
     pipeline: CrystalPipeline, requests: Sequence[dict[str, Any]], num_atoms: int | None, seed: int
 ) -> np.ndarray:
     """Atoms (B,) of each sample: as given, or from the training histogram; of a composition a multiple of its formula
-    unit. Raises UserError for a number that the run cannot make, and for one that no multiple of a formula has.
+    unit, of a chemical system one of each element at least. Raises UserError for a number that the run cannot make,
+    and for one that does not fit the request.
     """
-    units = [sum(parse_formula(each["composition"]).values()) if "composition" in each else 1 for each in requests]
+    fewest = [fewest_atoms(each) for each in requests]
+    units = [number if "composition" in each else 1 for each, number in zip(requests, fewest, strict=True)]
     if num_atoms is None:
-        return pipeline.draw_num_atoms(len(requests), seed, units)
+        return pipeline.draw_num_atoms(len(requests), seed, units, fewest)
     if num_atoms > pipeline.max_atoms:
         raise UserError(f"--num_atoms {num_atoms}: the run was trained with up to {pipeline.max_atoms}")
     wrong = [each["composition"] for each, unit in zip(requests, units, strict=True) if num_atoms % unit]
     if wrong:
         raise UserError(f"--num_atoms {num_atoms}: not a multiple of the atoms in {wrong[0]}; leave it out")
+    if num_atoms < max(fewest):  # a system: a composition has no fewer
+        text = requests[fewest.index(max(fewest))]["chemical_system"]
+        raise UserError(f"--num_atoms {num_atoms}: {text} has {max(fewest)} elements; ask for as many atoms at least")
     return np.full(len(requests), num_atoms)
 
 
