@@ -23,6 +23,7 @@ def parse_args() -> argparse.Namespace:
     plan_args.add_trainer_args(parser)
     shared.add_run_args(parser)
     shared.add_model_args(parser)
+    shared.add_lora_args(parser)
     shared.add_objective_args(parser)
     shared.add_optimizer_args(parser)
     shared.add_ema_args(parser)
@@ -36,6 +37,7 @@ def parse_args() -> argparse.Namespace:
     required(args, "hours")
     arg_checks.check_codec_args(args)
     plan_args.check_plan_args(args)
+    arg_checks.check_lora_args(args)
     arg_checks.check_objective_args(args)
     arg_checks.check_routing_args(args)
     arg_checks.check_optimizer_args(args)
@@ -66,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
 
     import torch
 
-    from utils import budget, build, measuring, optimization, planning, run
+    from utils import budget, build, lora, measuring, optimization, planning, run
     from utils.draws import SampleDraws
     from utils.ema import EMA
     from utils.latent_cache import LatentStream
@@ -183,7 +185,7 @@ def main(args: argparse.Namespace) -> None:
         args.hours, step_seconds, overheads, args.checkpointing_steps, args.validation_steps, args.eval_steps
     )
     num_text_tokens = spec.captions["shape"][0] if condition == "text" else 0
-    flops = budget.training_flops(model, spec.shape, num_text_tokens, args.tread_ratio)
+    flops = lora.training_flops(model, spec.shape, num_text_tokens, args.tread_ratio)
     peak = budget.peak_flops(device, accelerator.mixed_precision)
     samples = batch_size * micro_steps
     mfu = budget.model_flops_utilisation(samples / step_seconds, flops, peak)

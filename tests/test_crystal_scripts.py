@@ -1,18 +1,21 @@
 """The scripts of crystals as a user runs them: autoencoder, latent cache, denoiser, adapters; killed, divided, refused."""
 
 import argparse
+import importlib
 import json
 import random
 import re
 import shutil
+import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
-from conftest import DIT_CONFIG, refused
+from conftest import DIT_CONFIG, ROOT, refused
 from helpers import SignalAt, contents, run, scalars, snapshot, start
 from safetensors.torch import load_file, save_file
 
@@ -848,3 +851,21 @@ HELP = {
 def test_help_lists_the_flags(command):
     text = run(*command, "--help").stdout
     assert all(flag in text for flag in (*HELP[command], "--config", "--seed")), text
+
+
+RECIPES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.stem[:4] in ("pero", "mp20")}
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if not name.endswith("_model")])
+def test_recipes_are_accepted(monkeypatch, name):
+    """By the script that their name says; a model's own file by the model."""
+    script = importlib.import_module("train_crystal_vae" if name.endswith("_vae") else "train_crystal_ldm")
+    flags = ["--config", str(RECIPES[name]), "--output_dir", "o"]
+    flags += (
+        ["--dataset_name", "d"] if name.endswith("_vae") else ["--latents_dir", "l", "--validation_latents_dir", "v"]
+    )
+    monkeypatch.setattr(sys, "argv", ["x", *flags])
+    args = script.parse_args()
+    if not name.endswith("_vae"):
+        config = yaml.safe_load((ROOT / args.model_config).read_text())
+        assert DiT(latent_kind="set", patch_size=1, **config).config.hidden_size == config["hidden_size"]

@@ -441,7 +441,10 @@ def test_stock_diffusers_loads_the_measured_vae(tmp_path, caplog):
         torch.testing.assert_close(again, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*_vae.yaml")), ids=lambda path: path.stem)
+RECIPES = [path for path in sorted(ROOT.glob("configs/*_vae.yaml")) if "resolution:" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_are_accepted(monkeypatch, path):
     train_image_vae = importlib.import_module("train_image_vae")
     monkeypatch.setattr(sys, "argv", ["x", "--config", str(path), "--output_dir", "o"])
