@@ -4,13 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from utils import lora
-from utils.checkpoints import MANIFEST
 from utils.codecs import Normalisation
 from utils.crystal_codec import is_crystal_vae, load_crystal_vae
 from utils.crystal_pipeline import CrystalPipeline
-from utils.ema import reconstruct
 from utils.errors import UserError
-from utils.export import SCHEDULER_CLASSES, check_weights, find_run, load_denoiser
+from utils.export import check_weights, find_run, load_denoiser, load_settings, use_average
 from utils.files import read_json, write_json, write_text
 from utils.latent_cache import LatentSpec
 from utils.models.denoiser import ConditionalDenoiser
@@ -70,20 +68,18 @@ def load_crystal_run(
     run_dir, name, checkpoint = find_run(Path(path), flag)
     denoiser = load_denoiser(run_dir, name, checkpoint, flag)
     if ema_sigma_rel is not None:
-        last_step = read_json(checkpoint / MANIFEST)["global_step"] if checkpoint else None
-        denoiser.load_state_dict(denoiser.state_dict() | reconstruct(run_dir, ema_sigma_rel, last_step))
+        use_average(denoiser, run_dir, checkpoint, ema_sigma_rel)
     if lora_dir is not None:
         adapted = lora.load_lora(denoiser, lora_dir)
         if denoiser.conditions.config.get("columns") not in (None, adapted.conditions.config.get("columns")):
             raise UserError(f"--lora: {lora_dir} was trained with other conditions than {path}; give the run it is of")
         denoiser = lora.merge_lora(adapted)
-    scheduler_class = SCHEDULER_CLASSES[read_json(run_dir / "scheduler" / "scheduler_config.json")["_class_name"]]
-    normalisation = {k: tuple(v) for k, v in read_json(run_dir / "latent_normalisation.json").items()}
+    scheduler, normalisation = load_settings(run_dir)
     return CrystalPipeline(
         denoiser.eval(),
-        scheduler_class.from_pretrained(run_dir / "scheduler"),
+        scheduler,
         load_crystal_vae(str(run_dir / "vae")),
-        Normalisation(**normalisation),
+        normalisation,
         {int(count): times for count, times in read_json(run_dir / NUM_ITEMS_FILE).items()},
     )
 

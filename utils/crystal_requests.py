@@ -13,8 +13,8 @@ from torch import Tensor
 from utils.crystal_pipeline import CrystalPipeline
 from utils.crystals import Crystal, parse_chemical_system, parse_formula
 from utils.errors import UserError
-from utils.guidance import check_guidance, guidance_scales
 from utils.models.denoiser import ConditionalDenoiser
+from utils.requests import checked_guidance
 from utils.sampling import batches, image_generators
 from utils.set_cache import category_name, category_numbers, elements_of
 
@@ -77,7 +77,7 @@ def parse_assignment(pipeline: CrystalPipeline, run_dir: Path, text: str) -> tup
             number = np.nan
         if not np.isfinite(number):
             raise UserError(f"--property {text}: {value} is not a number")
-        if abs(number) > np.finfo(np.float32).max:  # the model would be told nothing
+        if abs(number) > float(np.finfo(np.float32).max):  # the model would be told nothing
             raise UserError(f"--property {text}: too large for single precision; give a smaller number")
         return name, number
     found = category_name(value)
@@ -147,19 +147,15 @@ def guidance_settings(
     if pipeline.learns_variance and (with_guide or guidance_rescale):
         flag = "--guide_model" if with_guide else "--guidance_rescale"
         raise UserError(f"{flag}: not for a run with a learned variance; leave it out")
-    pipeline.scheduler.set_timesteps(num_inference_steps)
-    timesteps, total = pipeline.scheduler.timesteps, pipeline.scheduler.config.num_train_timesteps
-    try:
-        check_guidance(guidance_scale, guidance_interval, guidance_rescale, with_guide, False)
-        guidance_scales(timesteps, total, guidance_scale, guidance_interval)
-    except ValueError as error:
-        raise UserError(f"--{error}") from error
-    return {
-        "guidance_scale": guidance_scale,
-        "guidance_interval": guidance_interval,
-        "guidance_rescale": guidance_rescale,
-        "num_inference_steps": num_inference_steps,
-    }
+    return checked_guidance(
+        pipeline.scheduler,
+        guidance_scale,
+        guidance_interval,
+        guidance_rescale,
+        num_inference_steps,
+        with_guide,
+        with_negative_prompt=False,
+    )
 
 
 def numbers_of_atoms(

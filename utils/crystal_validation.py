@@ -19,6 +19,7 @@ from utils.metrics_structures import is_structurally_valid
 from utils.models.denoiser import ConditionalDenoiser
 from utils.sampling import fault_of_steps, image_generators
 from utils.set_cache import SetCache
+from utils.step_log import show_picture
 
 
 class CrystalSamples:
@@ -68,10 +69,4 @@ class CrystalSamples:
         )
         self.accelerator.log({"validation/structurally_valid": valid}, step=global_step)
         picture = crystal_grid(crystals, [formula_of(crystal.atomic_numbers) for crystal in crystals])
-        self.folder.mkdir(parents=True, exist_ok=True)
-        picture.save(self.folder / f"step-{global_step:07d}.png")
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.writer.add_image("validation", np.asarray(picture), global_step, dataformats="HWC")
-            elif hasattr(tracker, "log_images"):
-                tracker.log_images({"validation": [picture]}, step=global_step)
+        show_picture(self.accelerator, self.folder, picture, "validation", global_step)

@@ -198,9 +198,7 @@ def load_run(
     run_dir, name, checkpoint = find_run(Path(path), flag)
     denoiser = load_denoiser(run_dir, name, checkpoint, flag)
     if ema_sigma_rel is not None:
-        last_step = read_json(checkpoint / MANIFEST)["global_step"] if checkpoint else None
-        average = reconstruct(run_dir, ema_sigma_rel, last_step)
-        denoiser.load_state_dict(denoiser.state_dict() | average)
+        use_average(denoiser, run_dir, checkpoint, ema_sigma_rel)
     if lora_dir is not None:
         denoiser = lora.merge_lora(lora.load_lora(denoiser, lora_dir))
     vae = codecs.load_vae(str(run_dir / "vae"))
@@ -209,16 +207,21 @@ def load_run(
         tokenizer, text_encoder = load_text_encoder(str(run_dir))
     elif isinstance(denoiser.conditions, conditions.TextCondition):
         raise UserError(f"--lora: {lora_dir} needs a text encoder, and {run_dir} has none; sample the fine-tuned run")
+    scheduler, normalisation = load_settings(run_dir)
+    return make_pipeline(denoiser, FrozenParts(vae, normalisation, scheduler, text_encoder, tokenizer))
+
+
+def load_settings(run_dir: Path) -> tuple[SchedulerMixin, Normalisation]:
+    """The scheduler and the normalisation of latents that a run was trained with."""
     scheduler_class = SCHEDULER_CLASSES[read_json(run_dir / "scheduler" / "scheduler_config.json")["_class_name"]]
     normalisation = {k: tuple(v) for k, v in read_json(run_dir / "latent_normalisation.json").items()}
-    parts = FrozenParts(
-        vae,
-        Normalisation(**normalisation),
-        scheduler_class.from_pretrained(run_dir / "scheduler"),
-        text_encoder,
-        tokenizer,
-    )
-    return make_pipeline(denoiser, parts)
+    return scheduler_class.from_pretrained(run_dir / "scheduler"), Normalisation(**normalisation)
+
+
+def use_average(denoiser: ConditionalDenoiser, run_dir: Path, checkpoint: Path | None, ema_sigma_rel: float) -> None:
+    """Gives a denoiser the average of a relative width, made of its run's snapshots up to the checkpoint."""
+    last_step = read_json(checkpoint / MANIFEST)["global_step"] if checkpoint else None
+    denoiser.load_state_dict(denoiser.state_dict() | reconstruct(run_dir, ema_sigma_rel, last_step))
 
 
 def load_denoiser(run_dir: Path, name: str, checkpoint: Path | None, flag: str) -> ConditionalDenoiser:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from diffusers import SchedulerMixin
 from PIL import Image
 
 from utils.errors import UserError
@@ -177,8 +178,31 @@ def guidance_settings(
             f"--guidance_scale {guidance_scale:g}: the run is unconditional, there is nothing to guide towards; "
             "leave it out or give --guide_model"
         )
-    pipeline.scheduler.set_timesteps(num_inference_steps)
-    timesteps, total = pipeline.scheduler.timesteps, pipeline.scheduler.config.num_train_timesteps
+    return checked_guidance(
+        pipeline.scheduler,
+        guidance_scale,
+        guidance_interval,
+        guidance_rescale,
+        num_inference_steps,
+        with_guide,
+        with_negative_prompt,
+    )
+
+
+def checked_guidance(
+    scheduler: SchedulerMixin,
+    guidance_scale: float,
+    guidance_interval: list[float],
+    guidance_rescale: float,
+    num_inference_steps: int,
+    with_guide: bool,
+    with_negative_prompt: bool,
+) -> dict[str, Any]:
+    """The arguments of a pipeline by their names. Raises UserError for guidance that contradicts itself or would do
+    nothing.
+    """
+    scheduler.set_timesteps(num_inference_steps)
+    timesteps, total = scheduler.timesteps, scheduler.config.num_train_timesteps
     try:
         check_guidance(guidance_scale, guidance_interval, guidance_rescale, with_guide, with_negative_prompt)
         guidance_scales(timesteps, total, guidance_scale, guidance_interval)

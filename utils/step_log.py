@@ -4,9 +4,12 @@ import math
 import resource
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
 
 from utils.budget import model_flops_utilisation, peak_flops
@@ -97,3 +100,14 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # which counts in kilobytes, but on macOS in bytes
+
+
+def show_picture(accelerator: Accelerator, folder: Path, picture: Image.Image, tag: str, global_step: int) -> None:
+    """A picture to `folder/step-N.png` and, as `tag`, to the trackers that take some."""
+    folder.mkdir(parents=True, exist_ok=True)
+    picture.save(folder / f"step-{global_step:07d}.png")
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_image(tag, np.asarray(picture), global_step, dataformats="HWC")
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({tag: [picture]}, step=global_step)

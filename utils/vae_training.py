@@ -20,6 +20,7 @@ from utils.image_quality import psnr, ssim
 from utils.image_stream import ImageStream, to_pixels
 from utils.models.image_vae import TrainableVAE
 from utils.posterior import PosteriorStatistics, PosteriorSums
+from utils.step_log import show_picture
 
 logger = logging.getLogger(__name__)
 STATISTICS_FILE = "latent_statistics.json"
@@ -90,7 +91,9 @@ class Validation:
         if self.features is not None:
             figures["rfid"] = rfid(torch.cat(measured["features"]), torch.cat(measured["their_features"]))
         self.report(figures, statistics, global_step)
-        self.show(side_by_side(*(torch.cat(each)[:NUM_PICTURES] for each in zip(*shown, strict=True))), global_step)
+        picture = side_by_side(*(torch.cat(each)[:NUM_PICTURES] for each in zip(*shown, strict=True)))
+        folder, tag = self.output_dir / "samples", "validation/reconstructions"
+        show_picture(self.accelerator, folder, Image.fromarray(picture), tag, global_step)
 
     def report(self, figures: dict[str, float], statistics: PosteriorStatistics, global_step: int) -> None:
         """To the log and the trackers."""
@@ -110,17 +113,6 @@ class Validation:
         for fault in statistics.faults():
             logger.warning("step %d: %s", global_step, fault)
         self.accelerator.log({f"validation/{name}": value for name, value in figures.items()}, step=global_step)
-
-    def show(self, picture: np.ndarray, global_step: int) -> None:
-        """A picture (H, W, 3) to `samples/step-N.png` and the trackers that take some."""
-        folder = self.output_dir / "samples"
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(picture).save(folder / f"step-{global_step:07d}.png")
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.writer.add_image("validation/reconstructions", picture, global_step, dataformats="HWC")
-            elif hasattr(tracker, "log_images"):
-                tracker.log_images({"validation/reconstructions": [picture]}, step=global_step)
 
 
 def to_uint8(images: Tensor) -> Tensor:

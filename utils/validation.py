@@ -21,6 +21,7 @@ from utils.models.denoiser import ConditionalDenoiser
 from utils.pipelines import LatentDiffusionPipeline
 from utils.requests import merge
 from utils.sampling import fault_of_steps, image_generators, labelled_grid, sampling_scheduler
+from utils.step_log import show_picture
 
 
 @contextmanager
@@ -86,13 +87,7 @@ class Grids:
         conditions += [{"class_labels": label} for label in class_labels or []]
         names = list(prompts or []) + [label_names[i] if label_names else str(i) for i in class_labels or []]
         grid = labelled_grid(self.sample(model, conditions or [{}]), names or [""])
-        self.folder.mkdir(parents=True, exist_ok=True)
-        grid.save(self.folder / f"step-{global_step:07d}.png")
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.writer.add_image("validation", np.asarray(grid), global_step, dataformats="HWC")
-            elif hasattr(tracker, "log_images"):
-                tracker.log_images({"validation": [grid]}, step=global_step)
+        show_picture(self.accelerator, self.folder, grid, "validation", global_step)
 
     def sample(self, model: ConditionalDenoiser, conditions: list[dict[str, Any]]) -> list[list[Any]]:
         """A row of images for each condition."""
