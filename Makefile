@@ -30,7 +30,7 @@ $(VENV)/.installed: requirements.txt $(VENV)/.created
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/.installed-dev: requirements-dev.txt requirements-crystal.txt $(VENV)/.installed
+$(VENV)/.installed-dev: requirements-dev.txt requirements-crystal.txt requirements-expression.txt $(VENV)/.installed
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 

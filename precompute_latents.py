@@ -1,18 +1,20 @@
-"""Encodes a dataset into a latent cache that the trainers read: images with captions or labels, or crystals.
+"""Encodes a dataset into a latent cache that the trainers read: images with captions or labels, crystals, or cells.
 
     python precompute_latents.py --train_data_dir photos --caption_column text --resolution 256 --latents_dir cache
     accelerate launch --multi_gpu precompute_latents.py --dataset_name uoft-cs/cifar10 --label_column label ...
     python precompute_latents.py --modality crystal --dataset_name mp_20.parquet --latents_dir cache \\
         --pretrained_vae_model_name_or_path runs/crystals/vae
+    python precompute_latents.py --modality expression --dataset_name pbmc.h5ad --latents_dir cache \\
+        --pretrained_vae_model_name_or_path runs/pbmc/vae
 
---help shows the flags of images, --modality crystal --help those of crystals. Killed at any moment and started again
-it continues. Several processes each encode their own shards.
+--help shows the flags of images, --modality crystal --help and --modality expression --help those of the others.
+Killed at any moment and started again it continues. Several processes each encode their own shards.
 """
 
 import argparse
 from pathlib import Path
 
-from utils import arg_checks, crystal_args, input_args
+from utils import arg_checks, crystal_args, expression_args, input_args
 from utils.errors import UserError
 from utils.parsing import non_negative_int, parse_with_config, peek, positive_int, required, run_script
 
@@ -55,8 +57,22 @@ def check_crystal_args(args: argparse.Namespace) -> None:
     args.mixed_precision = "no"  # half precision would move atoms
 
 
+def add_expression_args(parser: argparse.ArgumentParser) -> None:
+    expression_args.add_cell_data_args(parser)
+    expression_args.add_expression_cache_args(parser)
+
+
+def check_expression_args(args: argparse.Namespace) -> None:
+    required(args, "dataset_name", "pretrained_vae_model_name_or_path")
+    args.mixed_precision = "no"  # latents of cells are small, and encoding them takes no time
+
+
 # Flags and their checks; further modalities are further rows, here and in `main`.
-MODALITIES = {"image": (add_image_args, check_image_args), "crystal": (add_crystal_args, check_crystal_args)}
+MODALITIES = {
+    "image": (add_image_args, check_image_args),
+    "crystal": (add_crystal_args, check_crystal_args),
+    "expression": (add_expression_args, check_expression_args),
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -85,6 +101,10 @@ def main(args: argparse.Namespace) -> None:
         from utils.precompute_crystals import build_crystal_cache
 
         spec, what = build_crystal_cache(args, accelerator, Path(args.latents_dir)), "crystals"
+    elif args.modality == "expression":
+        from utils.precompute_expression import build_expression_cache
+
+        spec, what = build_expression_cache(args, accelerator, Path(args.latents_dir)), "cells"
     else:
         part = (args.part_index, args.num_parts)
         spec, what = build_latent_cache(args, accelerator, Path(args.latents_dir), part), "images"

@@ -1,18 +1,19 @@
-"""Makes images or crystals with a trained run.
+"""Makes images, crystals or cells with a trained run.
 
     python sample.py --guidance_scale 7.5
     python sample.py --model runs/mine --prompt "a red apple" --prompt "two birds" --num_images_per_prompt 4
     python sample.py --model runs/cifar/checkpoint-20000 --class_labels 3 5 --scheduler dpmsolver++
     python sample.py --model runs/crystals --composition LiFePO4 --property band_gap=1.5 --num_samples 16
+    python sample.py --model runs/pbmc/ldm --class_label "CD4+ T Helper2" --num_samples 500
 
-Images come as PNGs that carry their parameters and as one grid; crystals as CIF files, a parquet and a picture. Sample
-number i has seed SEED + i: the same one, to rounding, whatever the batch size.
+Images come as PNGs that carry their parameters and as one grid; crystals as CIF files, a parquet and a picture; cells
+as an .h5ad of counts. Sample number i has seed SEED + i: the same one, to rounding, whatever the batch size.
 """
 
 import argparse
 from pathlib import Path
 
-from utils import crystal_args, sample_args
+from utils import condition_args, crystal_args, expression_args, sample_args
 from utils.parsing import parse_with_config, positive_int, run_script
 
 
@@ -23,12 +24,27 @@ def parse_args() -> argparse.Namespace:
         "--num_images_per_prompt", type=positive_int, default=4, help="Images for each prompt or label."
     )
     crystal_args.add_crystal_request_args(parser)
+    expression_args.add_expression_request_args(parser)
     sample_args.add_sampler_args(parser)
     parser.add_argument("--lora", default=None, help="Folder lora/ of a run that was fine-tuned from --model.")
     parser.add_argument("--output_dir", default=None, help="New or empty folder. Default: MODEL/sampled/NUMBER.")
     args = parse_with_config(parser)
     sample_args.check_request_args(args)
     return args
+
+
+CELLS_AT_ONCE = 1024  # where --batch_size says nothing: they are small
+OF_KINDS = {
+    "images": crystal_args.OF_IMAGES,
+    "crystals": crystal_args.OF_CRYSTALS,
+    "cells": expression_args.OF_CELLS,
+}
+
+
+def refuse_other_kinds(args: argparse.Namespace, run_dir: Path, kind: str) -> None:
+    """Raises UserError for flags that only runs of other kinds take."""
+    others = {name for names in OF_KINDS.values() for name in names} - set(OF_KINDS[kind])
+    condition_args.refuse_requests(args, tuple(sorted(others)), f"{run_dir} makes {kind}")
 
 
 def sampling_settings(args: argparse.Namespace, run_dir: Path, pipeline, settings: dict) -> dict:
@@ -44,7 +60,7 @@ def sample_images(args: argparse.Namespace, run_dir: Path) -> None:
     from utils.export import load_run
 
     # Load
-    crystal_args.refuse_requests(args, crystal_args.OF_CRYSTALS, f"{run_dir} makes images, not crystals")
+    refuse_other_kinds(args, run_dir, "images")
     pipeline = load_run(run_dir, args.ema_sigma_rel, lora_dir=args.lora)
     guide = requests.load_guide(args.guide_model, pipeline) if args.guide_model else None
     pipeline.scheduler = sampling.sampling_scheduler(pipeline.scheduler, args.scheduler, args.num_inference_steps)
@@ -96,7 +112,7 @@ def sample_crystals(args: argparse.Namespace, run_dir: Path) -> None:
     from utils.metrics_structures import is_structurally_valid
 
     # Load
-    crystal_args.refuse_requests(args, crystal_args.OF_IMAGES, f"{run_dir} makes crystals, not images")
+    refuse_other_kinds(args, run_dir, "crystals")
     pipeline = load_crystal_run(run_dir, args.ema_sigma_rel, lora_dir=args.lora)
     guide = load_crystal_guide(args.guide_model, pipeline) if args.guide_model else None
     pipeline.scheduler = sampling.sampling_scheduler(pipeline.scheduler, args.scheduler, args.num_inference_steps)
@@ -154,12 +170,69 @@ def sample_crystals(args: argparse.Namespace, run_dir: Path) -> None:
     print(f"{len(crystals)} crystals ({valid} of valid structure) and crystals.png in {output_dir}")
 
 
+def sample_cells(args: argparse.Namespace, run_dir: Path) -> None:
+    import numpy as np
+    from tqdm.auto import tqdm
+
+    from utils import column_requests, expression_files, expression_requests, requests, sampling
+    from utils.expression_export import load_expression_guide, load_expression_run
+
+    # Load
+    refuse_other_kinds(args, run_dir, "cells")
+    pipeline = load_expression_run(run_dir, args.ema_sigma_rel, lora_dir=args.lora)
+    guide = load_expression_guide(args.guide_model, pipeline) if args.guide_model else None
+    pipeline.scheduler = sampling.sampling_scheduler(pipeline.scheduler, args.scheduler, args.num_inference_steps)
+    device = sampling.usable_device(args.device)
+    pipeline.to(device)
+    if guide is not None:
+        guide.to(device)
+    asked = expression_requests.requested_cells(pipeline, run_dir, args.class_label or [], args.property or [])
+    if asked == [{}]:
+        wanted = expression_requests.as_trained(pipeline, args.num_samples, args.seed)
+    else:
+        wanted = [each for each in asked for _ in range(args.num_samples)]
+    settings = column_requests.guidance_settings(
+        pipeline.scheduler,
+        any(wanted),
+        args.guidance_scale,
+        args.guidance_interval,
+        args.guidance_rescale,
+        args.num_inference_steps,
+        with_guide=guide is not None,
+        default=expression_requests.DEFAULT_GUIDANCE,
+    )
+    output_dir = Path(args.output_dir) if args.output_dir else requests.next_folder(run_dir / "sampled")
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+    batch_size = args.batch_size if "batch_size" in args.given else CELLS_AT_ONCE
+
+    # Sample
+    drawn = []
+    progress = tqdm(total=len(wanted), unit=" cells")
+    for batch in expression_requests.sample_cells(
+        pipeline, wanted, settings, args.seed, batch_size, args.mixed_precision, guide
+    ):
+        drawn.append(batch)
+        progress.update(len(batch.counts))
+    progress.close()
+
+    # Save
+    counts, library_sizes = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
+    settings = sampling_settings(args, run_dir, pipeline, settings)
+    expression_files.save_cells(output_dir, counts, library_sizes, pipeline.genes, wanted, settings, args.seed)
+    print(f"{len(counts)} cells of {counts.shape[1]} genes in {output_dir / expression_files.CELLS_FILE}")
+
+
 def main(args: argparse.Namespace) -> None:
     from utils.crystal_export import is_crystal_run
+    from utils.expression_export import is_expression_run
     from utils.requests import newest_run
 
     run_dir = Path(args.model) if args.model else newest_run(Path("runs"))
-    (sample_crystals if is_crystal_run(run_dir) else sample_images)(args, run_dir)
+    if is_expression_run(run_dir):
+        sample_cells(args, run_dir)
+    else:
+        (sample_crystals if is_crystal_run(run_dir) else sample_images)(args, run_dir)
 
 
 if __name__ == "__main__":

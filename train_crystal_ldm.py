@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from utils import build, crystal_export, crystal_runs, evaluation, optimization, run, training_data
+    from utils import build, column_runs, crystal_export, crystal_runs, evaluation, optimization, run, training_data
     from utils.checkpoints import Checkpoints
     from utils.crystal_validation import CrystalSamples
     from utils.draws import SampleDraws
@@ -140,7 +140,7 @@ def main(args: argparse.Namespace) -> None:
                 noise = objective.sample_noise(latents, draws)  # (B, N, D)
                 timesteps = objective.sample_timesteps(draws.uniform("timestep"))  # (B,)
                 noisy_latents = objective.add_noise(latents, objective.perturb(noise, draws), timesteps)
-                drop = crystal_runs.draw_drops(draws, args.cond_drop_prob, list(cache.conditions))  # (B,) or (B, K)
+                drop = column_runs.draw_drops(draws, args.cond_drop_prob, list(cache.conditions))  # (B,) or (B, K)
                 model_pred = denoiser(noisy_latents, timesteps, batch, drop)
                 target = objective.target(latents, noise, timesteps)
                 loss = objective.loss(model_pred, target, timesteps, batch["attention_mask"])

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import utils.crystal_pipeline
 from utils.codecs import Normalisation
+from utils.column_runs import draw_drops
 from utils.conditions import COLUMN_CONDITIONS, ColumnCondition, ConditionSum, NoCondition
 from utils.crystal_codec import assigned, crystals_of
 from utils.crystal_losses import CrystalPrediction, frac_vectors, reconstruction_losses, scaled_lengths
 from utils.crystal_pipeline import CrystalPipeline
-from utils.crystal_runs import draw_drops
 from utils.crystal_stream import crystal_batch, translated
 from utils.crystals import MAX_ATOMIC_NUMBER, Crystal, cell_matrix, cell_parameters
 from utils.data_crystals import make_table

@@ -19,6 +19,7 @@ from conftest import DIT_CONFIG, ROOT, refused
 from helpers import SignalAt, contents, run, scalars, snapshot, start
 from safetensors.torch import load_file, save_file
 
+from utils.column_cache import category_name, category_numbers
 from utils.crystal_codec import load_crystal_vae
 from utils.crystal_export import load_crystal_run
 from utils.data_crystals import load_crystals
@@ -28,7 +29,7 @@ from utils.latent_cache import LatentSpec
 from utils.lora import is_adapted
 from utils.models.dit import DiT
 from utils.precompute_crystals import build_crystal_cache
-from utils.set_cache import SetCache, category_name, category_numbers, describe_condition
+from utils.set_cache import SetCache, describe_condition
 
 for package in ("pymatgen", "spglib"):
     pytest.importorskip(package)

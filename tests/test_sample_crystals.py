@@ -22,8 +22,8 @@ import sample as script
 from utils import lora
 from utils.checkpoints import Checkpoints
 from utils.codecs import Normalisation
+from utils.condition_args import parse_conditions
 from utils.conditions import ConditionSum, NoCondition
-from utils.crystal_args import parse_conditions
 from utils.crystal_export import export_run, load_crystal_run
 from utils.crystal_files import read_samples
 from utils.crystal_pipeline import CrystalPipeline

@@ -63,7 +63,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
             "crystal_stream",
             "crystal_codec",
         ),
-        "set_cache",
+        *("set_cache", "column_cache", "vector_cache", "expression_codec", "expression_stream"),
+        *("expression_files", "expression_pictures"),
     ),
     # run plumbing
     3: (
@@ -103,13 +104,18 @@ FLOORS: dict[int, tuple[str, ...]] = {
         *("eval_crystal_args", "eval_crystal_runs", "eval_crystal_evidence", "eval_crystal_figures"),
         "vae_args",
         "lora",
+        *("condition_args", "column_requests", "column_runs", "column_sampling", "run_folder"),
+        *("expression_args", "expression_runs", "expression_training", "expression_validation", "expression_export"),
+        *("expression_pipeline", "expression_requests", "precompute_expression", "joint_training"),
+        "eval_expression*",
     ),
 }
 # The modules of `utils` that may take the parsed arguments: run set-up, and the one script that others run first.
 SEES_ARGS = (
     *("args", "input_args", "plan_args", "arg_checks", "parsing", "build", "training_data", "row_source", "run"),
     *("precompute", "sample_args", "eval_args", "vae_args", "crystal_args", "crystal_runs", "precompute_crystals"),
-    *("eval_crystal_args", "eval_crystal_runs"),
+    *("eval_crystal_args", "eval_crystal_runs", "condition_args", "column_runs"),
+    *("expression_args", "expression_runs", "precompute_expression", "eval_expression_args", "eval_expression_runs"),
 )
 
 MAX_LINES_OF_SCRIPT, MAX_LINES_OF_UTILS, MAX_NESTING = 250, 300, 5
@@ -123,6 +129,9 @@ HEAVY = {
     "smact",
     "ase",
     "anndata",
+    "scanpy",
+    "skmisc",
+    "h5py",
     "torchmetrics",
     "torch_fidelity",
     "gradio",

@@ -3,6 +3,7 @@
 import os
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 
+from utils.condition_args import add_column_condition_args
 from utils.errors import UserError
 from utils.parsing import fraction, non_negative_float, non_negative_int, positive_int, refuse_together
 
@@ -143,19 +144,8 @@ def add_crystal_model_args(parser: ArgumentParser) -> None:
         default=False,
         help="Learn the variance of the reverse process too (DDPM), which --scheduler ddpm then samples with.",
     )
-    group.add_argument(
-        "--condition",
-        nargs="+",
-        default=None,
-        metavar="KIND[:COLUMN]",
-        help="composition, chemical_system, property:COLUMN (a number), class:COLUMN (anything); several at once. "
-        "Default: unconditional.",
-    )
-    group.add_argument(
-        "--cond_drop_prob",
-        type=fraction,
-        default=0.1,
-        help="Share of samples that are told nothing; of several conditions each is dropped by itself as often too.",
+    add_column_condition_args(
+        parser, "composition, chemical_system, property:COLUMN (a number), class:COLUMN (anything)"
     )
 
 
@@ -170,26 +160,6 @@ def add_crystal_samples_args(parser: ArgumentParser) -> None:
         "--validation_guidance_scale", type=non_negative_float, default=2.0, help="Their guidance; 1 is off."
     )
     group.add_argument("--validation_inference_steps", type=positive_int, default=25, help="Steps of their sampler.")
-
-
-def parse_conditions(texts: list[str] | None, kinds: tuple[str, ...], of_atoms: tuple[str, ...]) -> dict[str, str]:
-    """What --condition asks for: name -> kind, in a fixed order. Raises UserError for anything else."""
-    found: dict[str, str] = {}
-    for text in texts or []:
-        kind, _, column = text.partition(":")
-        if kind not in kinds:
-            raise UserError(f"--condition {text}: the kinds are {', '.join(kinds)}")
-        if kind in of_atoms and column:
-            raise UserError(f"--condition {text}: {kind} follows from the atoms; write {kind} alone")
-        if kind not in of_atoms and not column:
-            raise UserError(f"--condition {text}: name the column, as in {kind}:band_gap")
-        if column in of_atoms:
-            raise UserError(f"--condition {text}: {column} is a condition of the atoms; rename the column")
-        name = column or kind
-        if name in found:
-            raise UserError(f"--condition {text}: {name} is named twice; name it once")
-        found[name] = kind
-    return dict(sorted(found.items()))
 
 
 # Flags of sample.py that belong to one kind of run.
@@ -222,10 +192,3 @@ def add_crystal_request_args(parser: ArgumentParser) -> None:
     group.add_argument(
         "--property", nargs="+", default=None, metavar="NAME=VALUE", help="Properties and classes: band_gap=1.5."
     )
-
-
-def refuse_requests(args: Namespace, names: tuple[str, ...], reason: str) -> None:
-    """Raises UserError for flags of another kind of run."""
-    for name in names:
-        if name in args.given:
-            raise UserError(f"--{name}: {reason}; leave it out")

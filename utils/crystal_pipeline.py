@@ -8,16 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from utils.codecs import Normalisation
+from utils.column_sampling import sample_latents
 from utils.crystal_codec import crystals_of
 from utils.crystals import Crystal
-from utils.guidance import check_guidance
 from utils.models.crystal_vae import CrystalVAE
 from utils.models.denoiser import ConditionalDenoiser
-from utils.pipelines import denoise
 
 
 @dataclass
@@ -102,41 +100,25 @@ class CrystalPipeline:
         conditions, (B, ...) by name; conditions that are not in it stay open. The rest is as `LatentDiffusionPipeline`
         has it. Raises ValueError for guidance that would do nothing.
         """
-        if not values and guide_model is None:
-            guidance_scale = 1.0
-        check_guidance(guidance_scale, guidance_interval, guidance_rescale, guide_model is not None, False)
         device, count = self.vae.device, len(num_atoms)
-        mask = torch.arange(self.max_atoms, device=device) < num_atoms.to(device)[:, None]  # (B, N)
-        given = {name: value.to(device) for name, value in values.items()} | {"attention_mask": mask}
-        both = {name: torch.cat([value, value]) for name, value in given.items()}
-        drop = torch.arange(2 * count, device=device) >= count  # the second half is the unconditional branch
-
-        def predict(noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
-            size = len(noisy_latents)
-            values = {name: value[:size] for name, value in both.items()}
-            return self.with_variance(self.denoiser(noisy_latents, timesteps, values, drop[:size]), count)
-
         if self.learns_variance and (guidance_rescale or guide_model is not None):
             what = "guide_model" if guidance_rescale == 0 else "guidance_rescale"
             raise ValueError(f"{what}: not for a run with a learned variance; leave it out")
-        predict_weaker = None if guide_model is None else partial(guide_model, values=given, drop=drop[:count])
-        shape = (
-            count,
-            self.max_atoms,
-            self.vae.config.latent_channels,
-        )  # the noise of a sample is its own
-        latents = randn_tensor(shape, generator=generator, device=device)
-        return denoise(
+        mask = torch.arange(self.max_atoms, device=device) < num_atoms.to(device)[:, None]  # (B, N)
+        return sample_latents(
+            self.denoiser,
             self.scheduler,
-            predict,
-            latents * getattr(self.scheduler, "init_noise_sigma", 1.0),
+            (count, self.max_atoms, self.vae.config.latent_channels),
+            values,
             num_inference_steps,
             guidance_scale,
             guidance_interval,
             guidance_rescale,
-            predict_weaker,
+            guide_model,
             generator,
             progress_bar,
+            always={"attention_mask": mask},
+            adapt=partial(self.with_variance, count=count),
         )
 
     @torch.no_grad()

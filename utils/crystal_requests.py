@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils import column_requests
+from utils.column_requests import column_values, not_a_condition, parse_assignments
 from utils.crystal_pipeline import CrystalPipeline
 from utils.crystals import Crystal, parse_chemical_system, parse_formula
 from utils.errors import UserError
 from utils.models.denoiser import ConditionalDenoiser
-from utils.requests import checked_guidance
 from utils.sampling import batches, image_generators
-from utils.set_cache import category_name, category_numbers, elements_of
+from utils.set_cache import elements_of
 
-DEFAULT_GUIDANCE = 2.0
 FLAGS = {"composition": "--composition", "chemical_system": "--chemical_system"}
 
 
@@ -34,16 +34,11 @@ def requested_crystals(
     of properties and classes; a single one, perhaps empty, without either. Raises UserError for what the run was not
     trained on.
     """
-    shared: dict[str, Any] = {}
-    for text in assignments:
-        name, value = parse_assignment(pipeline, run_dir, text)
-        if name in shared:
-            raise UserError(f"--property {text}: {name} is asked for twice; ask once")
-        shared[name] = value
+    shared = parse_assignments(pipeline.columns, run_dir, assignments, FLAGS)
     for flag, given in (("composition", compositions), ("chemical_system", chemical_systems)):
         if given and flag not in pipeline.columns and not (flag == "composition" and clamp_composition):
             hint = "; add --clamp_composition to fix the atoms instead" if flag == "composition" else ""
-            raise UserError(f"{FLAGS[flag]}: {not_a_condition(pipeline, run_dir, flag)}{hint}")
+            raise UserError(f"{FLAGS[flag]}: {not_a_condition(pipeline.columns, run_dir, flag)}{hint}")
     if compositions and chemical_systems:
         raise UserError("--composition with --chemical_system: the elements follow from the composition; use one")
     requests = [{"composition": text} for text in compositions]
@@ -60,44 +55,11 @@ def requested_crystals(
     return [request | shared for request in requests or [{}]]
 
 
-def parse_assignment(pipeline: CrystalPipeline, run_dir: Path, text: str) -> tuple[str, Any]:
-    """NAME=VALUE of --property, as the condition takes it. Raises UserError."""
-    name, equals, value = text.partition("=")
-    settings = pipeline.columns.get(name)
-    if not equals or not value:
-        raise UserError(f"--property {text}: write NAME=VALUE, as in band_gap=1.5")
-    if settings is not None and settings["kind"] in FLAGS:
-        raise UserError(f"--property {text}: use {FLAGS[name]} {value}")
-    if settings is None:
-        raise UserError(f"--property {text}: {not_a_condition(pipeline, run_dir, name)}")
-    if settings["kind"] == "property":
-        try:
-            number = float(value)
-        except ValueError:
-            number = np.nan
-        if not np.isfinite(number):
-            raise UserError(f"--property {text}: {value} is not a number")
-        if abs(number) > float(np.finfo(np.float32).max):  # the model would be told nothing
-            raise UserError(f"--property {text}: too large for single precision; give a smaller number")
-        return name, number
-    found = category_name(value)
-    if found not in settings["names"]:
-        known = ", ".join(settings["names"][:20])
-        raise UserError(f"--property {text}: the run knows these: {known}")
-    return name, found
-
-
 def fewest_atoms(request: dict[str, Any]) -> int:
     """Atoms that a request needs at least: those of a formula unit, or one of each element of a system."""
     if "composition" in request:
         return sum(parse_formula(request["composition"]).values())
     return len(parse_chemical_system(request["chemical_system"])) if "chemical_system" in request else 1
-
-
-def not_a_condition(pipeline: CrystalPipeline, run_dir: Path, name: str) -> str:
-    """What a run is not conditioned on, and what it is."""
-    known = ", ".join(f"{column} ({settings['kind']})" for column, settings in pipeline.columns.items())
-    return f"{run_dir} was not trained with the condition {name}; it has {known or 'none'}"
 
 
 def condition_values(pipeline: CrystalPipeline, requests: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -112,10 +74,8 @@ def condition_values(pipeline: CrystalPipeline, requests: Sequence[dict[str, Any
         elif settings["kind"] == "chemical_system":
             systems = [torch.tensor([parse_chemical_system(text)]) for text in given]
             values[name] = torch.cat([elements_of(numbers, name) for numbers in systems])
-        elif settings["kind"] == "property":
-            values[name] = torch.tensor(given, dtype=torch.float32)
         else:
-            values[name] = torch.from_numpy(category_numbers(np.array(given, dtype=object), settings["names"]))
+            values[name] = column_values(settings, given)
     return values
 
 
@@ -133,29 +93,22 @@ def guidance_settings(
     num_inference_steps: int,
     with_guide: bool,
 ) -> dict[str, Any]:
-    """Arguments of `CrystalPipeline.latents`, with the default scale: 2, or 1 = off where nothing is asked for. Raises
-    UserError for guidance that contradicts itself or would do nothing.
-    """
-    can_guide = with_guide or any(name in pipeline.columns for request in requests for name in request)
-    if guidance_scale is None:
-        guidance_scale = DEFAULT_GUIDANCE if can_guide else 1.0
-    elif guidance_scale != 1 and not can_guide:
-        raise UserError(
-            f"--guidance_scale {guidance_scale:g}: no condition is asked for, there is nothing to guide towards; "
-            "leave it out, or give a condition of the run"
-        )
-    if pipeline.learns_variance and (with_guide or guidance_rescale):
-        flag = "--guide_model" if with_guide else "--guidance_rescale"
-        raise UserError(f"{flag}: not for a run with a learned variance; leave it out")
-    return checked_guidance(
+    """Arguments of `CrystalPipeline.latents`, as `column_requests.guidance_settings` has them. Raises
+    UserError for guidance that contradicts itself or would do nothing."""
+    is_asked = any(name in pipeline.columns for request in requests for name in request)
+    settings = column_requests.guidance_settings(
         pipeline.scheduler,
+        is_asked,
         guidance_scale,
         guidance_interval,
         guidance_rescale,
         num_inference_steps,
         with_guide,
-        with_negative_prompt=False,
     )
+    if pipeline.learns_variance and (with_guide or guidance_rescale):
+        flag = "--guide_model" if with_guide else "--guidance_rescale"
+        raise UserError(f"{flag}: not for a run with a learned variance; leave it out")
+    return settings
 
 
 def numbers_of_atoms(

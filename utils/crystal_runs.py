@@ -3,21 +3,18 @@
 import logging
 import zlib
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from utils.build import fine_tuned, load_base, read_model_config
 from utils.codecs import weights_hash
+from utils.column_runs import refuse_model_flags, use_conditions_of, warn_of_missing
+from utils.condition_args import parse_conditions
 from utils.conditions import ConditionSum, NoCondition
-from utils.crystal_args import parse_conditions
 from utils.crystal_codec import load_crystal_vae
 from utils.data_crystals import CrystalTable, load_crystals
-from utils.draws import SampleDraws
 from utils.errors import UserError
 from utils.files import sha256_json
 from utils.models.denoiser import ConditionalDenoiser
@@ -74,10 +71,7 @@ def open_set_cache(args: Namespace) -> SetCache:
     asked = parse_conditions(args.condition, CONDITION_KINDS, OF_ATOMS)
     conditions = {name: describe_condition(cache, kind, name) for name, kind in asked.items()}
     cache.use_conditions(conditions)
-    for name, values in cache.values.items():
-        missing = int(((values < 0) if values.dtype == np.int64 else ~np.isfinite(values)).sum())
-        if missing:
-            logger.warning("%s is not known of %d of %d crystals, which train without it", name, missing, len(values))
+    warn_of_missing(cache)
     return cache
 
 
@@ -116,9 +110,7 @@ def build_set_denoiser(args: Namespace, cache: SetCache) -> ConditionalDenoiser:
 def check_base(args: Namespace, base: ConditionalDenoiser, cache: SetCache) -> None:
     """Raises UserError for a run to start from that is of other latents, and for a --model_size beside it."""
     flag = "--pretrained_model_name_or_path"
-    for name in ("model_size", "model_config"):
-        if getattr(args, name) is not None:
-            raise UserError(f"--{name} with {flag}: the run says what its model is; leave it out")
+    refuse_model_flags(args)
     config = base.model.config
     if args.learned_variance != (config.out_channels == 2 * config.in_channels):
         raise UserError(f"--learned_variance: {args.pretrained_model_name_or_path} was trained otherwise; keep to it")
@@ -132,25 +124,4 @@ def check_base(args: Namespace, base: ConditionalDenoiser, cache: SetCache) -> N
     folder = next(each / "vae" for each in (run_dir, run_dir.parent) if (each / "vae").is_dir())
     if weights_hash(load_crystal_vae(str(folder))) != cache.spec.fingerprint["vae"]["sha256"]:
         raise UserError(f"{flag}: {run_dir} knows latents of another VAE; precompute --latents_dir with {folder}")
-    known: dict[str, dict[str, Any]] = base.conditions.config.get("columns") or {}
-    if known:  # its means, stds and categories are what it understands
-        ours, theirs = (
-            {name: settings["kind"] for name, settings in each.items()} for each in (cache.conditions, known)
-        )
-        if ours != theirs:
-            had = ", ".join(f"{name} ({kind})" for name, kind in theirs.items())
-            raise UserError(
-                f"--condition: {run_dir} was trained with {had}; ask for the same, or start from an unconditional run"
-            )
-        cache.use_conditions(known)
-
-
-def draw_drops(draws: SampleDraws, prob: float, names: Sequence[str]) -> Tensor:
-    """Which conditions of which samples are hidden, (B, number of conditions): all at once with probability `prob`,
-    and each by itself with the same, so that any part of several can be asked for.
-    """
-    everything = draws.uniform("condition_drop") < prob  # (B,)
-    if len(names) < 2:
-        return everything
-    each = [draws.uniform(f"condition_drop.{name}") < prob for name in names]
-    return torch.stack(each, dim=1) | everything[:, None]
+    use_conditions_of(base, cache, str(run_dir))

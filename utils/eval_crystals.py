@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from utils.column_requests import not_a_condition
 from utils.crystal_cif import crystal_of_arrays, crystal_of_cif, has_arrays
 from utils.crystal_export import is_crystal_run, load_crystal_run
 from utils.crystal_files import LINES_FILE, TABLE_FILE, read_samples
 from utils.crystal_pipeline import CrystalPipeline
-from utils.crystal_requests import clamped_counts, not_a_condition, numbers_of_atoms, requested_crystals
+from utils.crystal_requests import clamped_counts, numbers_of_atoms, requested_crystals
 from utils.crystals import SYMBOLS, Crystal, counts_of, formula_of, parse_formula
 from utils.data_crystals import CIF_COLUMN, CrystalTable, load_crystals, open_crystals
 from utils.errors import UserError
@@ -199,7 +200,7 @@ def check_property(
 ) -> None:
     """Raises UserError for a property of --property_targets that the run or the real crystals know nothing of."""
     if pipeline.columns.get(name, {}).get("kind") != "property":
-        raise UserError(f"--property_targets {name}: {not_a_condition(pipeline, run_dir, name)}")
+        raise UserError(f"--property_targets {name}: {not_a_condition(pipeline.columns, run_dir, name)}")
     if any(text.partition("=")[0] == name for text in assignments):
         raise UserError(f"--property {name} with --property_targets {name}: the targets set it; leave one out")
     for flag, table in (("--training_data", real.training), ("--reference", real.held_out)):
@@ -227,7 +228,7 @@ def order_of_reference(
     flag, table = "--compositions_from_reference", real.held_out.take(rows)
     if "composition" not in pipeline.columns and not clamp_composition:
         hint = "add --clamp_composition to fix the atoms instead"
-        raise UserError(f"{flag}: {not_a_condition(pipeline, run_dir, 'composition')}; {hint}")
+        raise UserError(f"{flag}: {not_a_condition(pipeline.columns, run_dir, 'composition')}; {hint}")
     if table.num_atoms.max() > pipeline.max_atoms:
         raise UserError(
             f"{flag}: the reference has crystals of {table.num_atoms.max()} atoms, and {run_dir} was trained with up "

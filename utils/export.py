@@ -22,7 +22,7 @@ from utils.ema import EMA_FILE, reconstruct
 from utils.errors import UserError
 from utils.files import read_json, write_json, write_text
 from utils.latent_cache import LatentSpec
-from utils.models import attention, dit, pixel_codec
+from utils.models import attention, dit, pixel_codec, vector_mlp
 from utils.models.denoiser import ConditionalDenoiser
 from utils.pipelines import LatentDiffusionPipeline
 from utils.sampling import SAMPLERS, is_flow, sampling_scheduler
@@ -31,11 +31,13 @@ from utils.text_encoders import load_text_encoder
 MODEL_CLASSES: dict[str, type[ModelMixin]] = {
     "UNet2DConditionModel": UNet2DConditionModel,
     "DiT": dit.DiT,
+    "VectorMLP": vector_mlp.VectorMLP,
     "NoCondition": conditions.NoCondition,
     "ClassCondition": conditions.ClassCondition,
     "TextCondition": conditions.TextCondition,
     "ConditionSum": conditions.ConditionSum,
 }
+OF_VAE = "vae."  # how the names of an autoencoder's weights begin, where it was trained together with its denoiser
 SCHEDULER_CLASSES = {scheduler.__name__: scheduler for scheduler in SAMPLERS.values()}
 
 
@@ -236,13 +238,19 @@ def load_denoiser(run_dir: Path, name: str, checkpoint: Path | None, flag: str) 
         raise UserError(f"{flag}: {checkpoint} cannot be used: {found}")
     model, condition = (cls.from_config(cls.load_config(folder)) for cls, folder in zip(classes, folders, strict=True))
     denoiser = ConditionalDenoiser(model, condition)
+    weights = checkpoint_weights(checkpoint)
+    if (run_dir / lora.FOLDER / lora.CONFIG_FILE).is_file():
+        weights = lora.merge_weights(weights, lora.scaling_of(read_json(run_dir / lora.FOLDER / lora.CONFIG_FILE)))
+    denoiser.load_state_dict({name: tensor for name, tensor in weights.items() if not name.startswith(OF_VAE)})
+    return denoiser.eval()
+
+
+def checkpoint_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All weights of a checkpoint, averaged where it has an average."""
     weights = load_file(checkpoint / "model.safetensors")
     if (checkpoint / EMA_FILE).is_file():
         weights |= load_file(checkpoint / EMA_FILE)  # the average has no buffers: those come from the model
-    if (run_dir / lora.FOLDER / lora.CONFIG_FILE).is_file():
-        weights = lora.merge_weights(weights, lora.scaling_of(read_json(run_dir / lora.FOLDER / lora.CONFIG_FILE)))
-    denoiser.load_state_dict(weights)
-    return denoiser.eval()
+    return weights
 
 
 def model_card(

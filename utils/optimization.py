@@ -41,9 +41,9 @@ def learning_rate_at(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Sets the learning rate of every parameter group."""
+    """Sets the learning rate of every parameter group; one with `lr_scale` gets so many times as much."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -51,12 +51,26 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def adamw(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+Groups = dict[str, dict[str, Any]]  # settings of parameters of their own, by the beginning of their names
+
+
+def parameter_groups(model: nn.Module, own: Groups | None = None) -> list[dict[str, Any]]:
+    """The parameters that an optimizer moves, those with settings of their own in groups of their own."""
+    rest: list[nn.Parameter] = []
+    groups: Groups = {prefix: {"params": []} | settings for prefix, settings in (own or {}).items()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            prefix = next((each for each in groups if name.startswith(each)), None)
+            (rest if prefix is None else groups[prefix]["params"]).append(parameter)
+    return [{"params": rest}, *groups.values()]
+
+
+def adamw(model: nn.Module, own: Groups | None = None, **settings: Any) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101), fused into one kernel."""
-    return torch.optim.AdamW(trainable(model), fused=True, **settings)
+    return torch.optim.AdamW(parameter_groups(model, own), fused=True, **settings)
 
 
-def adamw_8bit(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+def adamw_8bit(model: nn.Module, own: Groups | None = None, **settings: Any) -> torch.optim.Optimizer:
     """AdamW with 8-bit states (arXiv 2110.02861). Raises UserError without bitsandbytes."""
     try:
         import bitsandbytes
@@ -64,7 +78,7 @@ def adamw_8bit(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
         raise UserError(
             "--optimizer adamw_8bit (--use_8bit_adam) needs the package bitsandbytes: pip install bitsandbytes"
         ) from error
-    return bitsandbytes.optim.AdamW8bit(trainable(model), **settings)
+    return bitsandbytes.optim.AdamW8bit(parameter_groups(model, own), **settings)
 
 
 # Layers whose input is one vector a sample (timestep and pooled condition) and no tokens: a batch's gradient has the
@@ -110,8 +124,12 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
 
-def muon(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
-    """Muon and AdamW. Raises UserError where torch has no Muon, or the model no matrix for it."""
+def muon(model: nn.Module, own: Groups | None = None, **settings: Any) -> torch.optim.Optimizer:
+    """Muon and AdamW. Raises UserError where torch has no Muon, the model no matrix for it, or parts of it settings of
+    their own.
+    """
+    if own:
+        raise UserError(f"--optimizer muon: {', '.join(own)} has a learning rate of its own; use adamw")
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"--optimizer muon needs torch 2.9 or newer, and this is {torch.__version__}; use adamw")
     matrices = hidden_matrices(model)
@@ -135,9 +153,13 @@ def make_optimizer(
     weight_decay: float,
     epsilon: float,
     name: str = "adamw",
+    own: Groups | None = None,
 ) -> torch.optim.Optimizer:
-    """One of `OPTIMIZERS` over all trainable parameters; `betas` and `epsilon` are AdamW's."""
-    return OPTIMIZERS[name](model, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon)
+    """One of `OPTIMIZERS` over all trainable parameters; `betas` and `epsilon` are AdamW's. `own` are settings of some
+    parameters, by the beginning of their names: `lr_scale`, their learning rate in units of the others', or
+    `weight_decay`.
+    """
+    return OPTIMIZERS[name](model, own, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon)
 
 
 def enable_xformers(model: nn.Module, device: torch.device) -> None:

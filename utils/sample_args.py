@@ -60,7 +60,9 @@ def add_sampler_args(parser: ArgumentParser) -> None:
         help="Sample EDM2's average of this relative width, made of the snapshots that --ema_sigma_rels kept.",
     )
     group.add_argument("--seed", type=non_negative_int, default=0, help="Seed of the first sample.")
-    group.add_argument("--batch_size", type=positive_int, default=16, help="Samples made at once.")
+    group.add_argument(
+        "--batch_size", type=positive_int, default=16, help="Samples made at once. Default of cells: 1024."
+    )
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Autocast.")
     group.add_argument("--device", default=None, help="cuda, cpu, ... Default: cuda where there is one.")
 

@@ -11,6 +11,8 @@ def num_tokens(dit: ModelMixin) -> int:
     """Tokens of a sample in a DiT."""
     if dit.config.latent_kind == "set":
         return dit.config.sample_size
+    if dit.config.latent_kind == "vector":
+        return -(-dit.config.sample_size // dit.config.patch_size)
     return (dit.config.sample_size // dit.config.patch_size) ** 2
 
 
@@ -58,3 +60,15 @@ class ConditionalDenoiser(nn.Module):
             return_dict=False,
             **of_dit,
         )[0]
+
+
+class JointDenoiser(ConditionalDenoiser):
+    """A denoiser and the autoencoder of its latents, trained together: one module, for the same reasons."""
+
+    def __init__(self, denoiser: ConditionalDenoiser, vae: ModelMixin):
+        super().__init__(denoiser.model, denoiser.conditions)
+        self.vae = vae
+
+    def forward(self, *inputs, reconstruct: bool = False):
+        """As `ConditionalDenoiser`; or, with `reconstruct`, as the autoencoder."""
+        return self.vae(*inputs) if reconstruct else super().forward(*inputs)

@@ -25,7 +25,7 @@ DIT_SIZES = {
     "L": (24, 1024, 16),
     "XL": (28, 1152, 16),
 }
-LATENT_KINDS = ("grid", "set")
+LATENT_KINDS = ("grid", "set", "vector")
 # Blocks before and after the route that tokens can take past the others: see `DiT.route_tokens`.
 BEFORE_ROUTE, AFTER_ROUTE = 2, 2
 
@@ -113,6 +113,7 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     `latent_kind` "grid": (B, C, H, W), cut into patches that know their places. "set": (B, N, C), up to `sample_size`
     items without places or order, with `attention_mask` (B, N), True = item; padding changes nothing at the items.
+    "vector": (B, `sample_size`), cut into pieces of `patch_size` numbers, each with a learnt place.
     `out_channels` may be twice `in_channels`, for a learned variance (arXiv 2102.09672).
 
     `forward` names its arguments as `UNet2DConditionModel.forward` does, so that `ConditionalDenoiser` and the
@@ -146,14 +147,19 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(f"latent_kind {latent_kind} is none of {', '.join(LATENT_KINDS)}")
         if latent_kind == "set" and patch_size != 1:
             raise ValueError(f"patch_size {patch_size}: a set has no patches; use 1")
-        if sample_size % patch_size:
+        if latent_kind == "vector" and in_channels != 1:
+            raise ValueError(f"in_channels {in_channels}: a vector has one; use 1")
+        if latent_kind != "vector" and sample_size % patch_size:
             raise ValueError(f"latents of {sample_size} x {sample_size} do not divide into patches of {patch_size}")
         if hidden_size % (4 * num_attention_heads):
             raise ValueError(f"hidden_size {hidden_size} is no multiple of 4 x {num_attention_heads} heads")
         if style not in STYLES:
             raise ValueError(f"style {style} is none of {', '.join(STYLES)}")
-        patch_dim = in_channels * patch_size**2
-        self.patch_embed = nn.Linear(patch_dim, hidden_size)
+        patch_dim = patch_size ** (1 if latent_kind == "vector" else 2)  # values of a channel in a token
+        self.patch_embed = nn.Linear(in_channels * patch_dim, hidden_size)
+        self.places = None
+        if latent_kind == "vector":
+            self.places = nn.Parameter(0.02 * torch.randn(-(-sample_size // patch_size), hidden_size))
         self.time_embed = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
         self.pooled_embed: nn.Module | None = nn.Identity() if class_embed_type == "identity" else None
         if projection_class_embeddings_input_dim:
@@ -164,7 +170,7 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         )
         self.norm_out = STYLES[style].norm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.adaln_out = nn.Linear(hidden_size, 2 * hidden_size)
-        self.proj_out = nn.Linear(hidden_size, (out_channels or in_channels) * patch_size**2)
+        self.proj_out = nn.Linear(hidden_size, (out_channels or in_channels) * patch_dim)
         self.gradient_checkpointing = False
         self._initialise()
 
@@ -200,6 +206,24 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             return values, rotary_table(height, width, head_dim, sample.device)
         positions = position_table(height, width, self.config.hidden_size, sample.device)
         return values + positions.to(values.dtype), None
+
+    def embed_vector(self, sample: Tensor) -> Tensor:
+        """(B, D) as tokens (B, N, hidden): pieces of it, the last filled up with zeros."""
+        missing = -sample.shape[1] % self.config.patch_size
+        pieces = F.pad(sample, (0, missing)).unflatten(1, (-1, self.config.patch_size))  # (B, N, p)
+        return self.patch_embed(pieces) + self.places
+
+    def embed(self, sample: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """A sample as tokens (B, N, D), with rotary tables where those say their places."""
+        if self.config.latent_kind == "grid":
+            return self.embed_grid(sample)
+        return (self.patch_embed(sample) if self.places is None else self.embed_vector(sample)), None
+
+    def unembed(self, values: Tensor, shape: torch.Size) -> Tensor:
+        """What the tokens (B, N, C p p) say, in the `shape` of a sample."""
+        if self.config.latent_kind == "grid":
+            return self.unpatchify(values, *shape[-2:])
+        return values if self.places is None else values.flatten(1)[:, : shape[1]]
 
     def unpatchify(self, patches: Tensor, height: int, width: int) -> Tensor:
         """(B, N, C p p) -> (B, C, H, W)."""
@@ -240,8 +264,7 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """`attention_mask` (B, N): the items of a set, True = real. `kept_tokens` (B, K), for training: the tokens
         that take no route past the middle blocks. None: all.
         """
-        is_grid = self.config.latent_kind == "grid"
-        values, rotary = self.embed_grid(sample) if is_grid else (self.patch_embed(sample), None)  # (B, N, D)
+        values, rotary = self.embed(sample)  # (B, N, D)
         timestep = timestep.expand(len(sample))
         emb = self.time_embed(timestep_embedding(timestep, 256).to(values.dtype))  # (B, D)
         if self.pooled_embed is not None:
@@ -254,5 +277,5 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             values = self.route_tokens(kept_tokens, values, *inputs)
         shift, scale = self.adaln_out(emb).chunk(2, dim=1)
         values = self.proj_out(modulate(self.norm_out(values), shift, scale))  # (B, N, C p p)
-        output = self.unpatchify(values, *sample.shape[-2:]) if is_grid else values
+        output = self.unembed(values, sample.shape)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)

@@ -1,0 +1,110 @@
+"""A variational autoencoder of gene expression: counts of a cell <-> a latent vector, with a likelihood of raw counts
+(Lopez et al. 2018, scVI, Nature Methods 15, 1053).
+"""
+
+from typing import NamedTuple
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from utils.likelihoods import LIBRARIES, LIKELIHOODS, CountParameters
+
+MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0  # as diffusers' DiagonalGaussianDistribution
+PER_CELL = 1e4  # counts that a cell is scaled to before the logarithm
+
+
+class ExpressionPosterior(NamedTuple):
+    """A normal distribution for each latent value."""
+
+    mean: Tensor  # (B, D)
+    logvar: Tensor  # (B, D)
+
+    @property
+    def std(self) -> Tensor:
+        return torch.exp(0.5 * self.logvar)
+
+
+def mlp(input_dim: int, hidden_size: int, num_layers: int, dropout: float) -> nn.Sequential:
+    """Layers of a linear map, a norm and SiLU."""
+    layers: list[nn.Module] = []
+    for i in range(num_layers):
+        layers += [nn.Linear(hidden_size if i else input_dim, hidden_size), nn.LayerNorm(hidden_size), nn.SiLU()]
+        layers += [nn.Dropout(dropout)] if dropout else []
+    return nn.Sequential(*layers)
+
+
+class ExpressionVAE(ModelMixin, ConfigMixin):
+    """`encode` and `decode` of raw counts of `genes`, which come in this order.
+
+    The decoder's softmax shares a cell's library out. With `library` "chosen" that is the sum over these genes; with
+    "all" it is that of the whole transcriptome, and the softmax has one more entry, for all other genes together. With
+    `batch_names`, of the column `batch_column` of obs, encoder and decoder are told the batch. `latents_mean` and
+    `latents_std` are per dimension, measured on the training set when training ends; the last dimension is the
+    logarithm of the library size, which has no posterior.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        genes: list[str],
+        latent_channels: int = 16,
+        hidden_size: int = 256,
+        num_layers: int = 2,
+        likelihood: str = "nb",
+        library: str = "chosen",
+        batch_column: str | None = None,
+        batch_names: list[str] | None = None,
+        dropout: float = 0.0,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+    ):
+        super().__init__()
+        if likelihood not in LIKELIHOODS:
+            raise ValueError(f"likelihood {likelihood} is none of {', '.join(LIKELIHOODS)}")
+        if library not in LIBRARIES:
+            raise ValueError(f"library {library} is none of {', '.join(LIBRARIES)}")
+        num_genes, num_batches = len(genes), len(batch_names or [])
+        self.encoder = mlp(num_genes + num_batches, hidden_size, num_layers, dropout)
+        self.to_moments = nn.Linear(hidden_size, 2 * latent_channels)
+        self.decoder = mlp(latent_channels + num_batches, hidden_size, num_layers, dropout)
+        self.to_shares = nn.Linear(hidden_size, num_genes + (library == "all"))
+        self.to_pi = nn.Linear(hidden_size, num_genes) if LIKELIHOODS[likelihood].has_pi else None
+        self.log_theta = nn.Parameter(torch.zeros(num_genes))
+
+    def with_batch(self, values: Tensor, batch_index: Tensor | None) -> Tensor:
+        """`values` (B, ...) and the batch of each cell, if the model knows batches. -1 is none of them."""
+        names = self.config.batch_names
+        if not names:
+            return values
+        assert batch_index is not None
+        one_hot = torch.arange(len(names), device=values.device) == batch_index[:, None]  # (B, batches)
+        return torch.cat([values, one_hot.to(values.dtype)], dim=1)
+
+    def encode(self, counts: Tensor, library_size: Tensor, batch_index: Tensor | None = None) -> ExpressionPosterior:
+        """Raw `counts` (B, G), `library_size` (B,), `batch_index` (B,) -> the posterior of latents (B, D)."""
+        values = torch.log1p(counts.float() * (PER_CELL / library_size.float())[:, None])
+        values = self.with_batch(values.to(self.to_moments.weight.dtype), batch_index)
+        mean, logvar = self.to_moments(self.encoder(values)).float().chunk(2, dim=1)
+        return ExpressionPosterior(mean, logvar.clamp(MIN_LOGVAR, MAX_LOGVAR))
+
+    def decode(self, latents: Tensor, library_size: Tensor, batch_index: Tensor | None = None) -> CountParameters:
+        """Latents (B, D), `library_size` (B,), `batch_index` (B,) -> what is said of the counts (B, G), in fp32."""
+        values = self.decoder(self.with_batch(latents.to(self.to_shares.weight.dtype), batch_index))
+        with torch.autocast(values.device.type, enabled=False):  # a logit in half precision is off by 3 % of a count
+            values = values.float()
+            log_shares = self.to_shares(values).log_softmax(dim=1)[:, : len(self.config.genes)]
+            pi_logits = None if self.to_pi is None else self.to_pi(values)
+            return CountParameters(log_shares + library_size.float().log()[:, None], self.theta, pi_logits)
+
+    @property
+    def theta(self) -> Tensor:
+        """(G,) the dispersion, within what the likelihood takes."""
+        return LIKELIHOODS[self.config.likelihood].within(self.log_theta.float().exp())
+
+    def forward(self, batch: dict[str, Tensor], noise: Tensor) -> tuple[CountParameters, ExpressionPosterior]:
+        """Cells and noise (B, D) -> what a sample of the posterior says of the counts, and the posterior."""
+        posterior = self.encode(**batch)
+        given = {name: value for name, value in batch.items() if name != "counts"}
+        return self.decode(posterior.mean + posterior.std * noise, **given), posterior
