@@ -1,20 +1,22 @@
-"""Measures images against real ones (FID, KID, CMMD, precision, recall, CLIP score, accuracy, copies), or crystals.
+"""Measures images against real ones (FID, KID, CMMD, precision, recall, CLIP score, accuracy, copies), or crystals, or
+cells.
 
     python evaluate.py --samples runs/mine/sampled/0000 --reference photos --features inception
     python evaluate.py --model runs/mine --reference uoft-cs/cifar10 --num_samples 10000 --classifier runs/classifier
     python evaluate.py --model runs/mine --reference photos --sweep guidance_scale 1 2 3 5 7.5
 
     python evaluate.py --modality crystal --model runs/crystals/ldm --reference mp.parquet --training_data mp.parquet
+    python evaluate.py --modality expression --model runs/pbmc/ldm --reference pbmc.h5ad
 
---help shows the flags of images, --modality crystal --help those of crystals. Writes metrics.json and report.html.
+--help shows the flags of images, --modality crystal --help those of crystals, --modality expression --help those of
+cells. Writes metrics.json and report.html.
 docs/evaluation.md says what each figure means and what it hides.
 """
 
 import argparse
 from pathlib import Path
 
-from utils import eval_args, eval_crystal_args, sample_args
-from utils.errors import UserError
+from utils import eval_args, eval_crystal_args, eval_expression_args, sample_args
 from utils.parsing import parse_with_config, peek, run_script
 
 
@@ -34,6 +36,7 @@ def check_image_args(args: argparse.Namespace) -> None:
 MODALITIES = {
     "image": (add_image_args, check_image_args),
     "crystal": (eval_crystal_args.add_crystal_evaluation_args, eval_crystal_args.check_crystal_eval_args),
+    "expression": (eval_expression_args.add_cell_evaluation_args, eval_expression_args.check_cell_eval_args),
 }
 
 
@@ -122,9 +125,9 @@ def open_real(args: argparse.Namespace, extractors: list, num_samples: int):
 def evaluate_images(args: argparse.Namespace) -> None:
     from utils import eval_figures, eval_images, pictures, report, requests, sampling
     from utils.codecs import measure_shape
-    from utils.crystal_export import is_crystal_run
     from utils.eval_measured import measure
     from utils.features import ClassifierFeatures, PixelFeatures, load_features
+    from utils.run_folder import check_modality
 
     # Load
     device = sampling.usable_device(args.device)
@@ -144,8 +147,7 @@ def evaluate_images(args: argparse.Namespace) -> None:
         args.num_samples = len(samples)
     else:
         run_dir = Path(args.model) if args.model else requests.newest_run(Path("runs"))
-        if is_crystal_run(run_dir):
-            raise UserError(f"--model: {run_dir} is a crystal run; add --modality crystal, or give a run of images")
+        check_modality(run_dir, "image")
         args.num_samples = args.num_samples or eval_args.DEFAULT_SAMPLES_OF_A_RUN
     real = open_real(args, extractors, args.num_samples)
     output_dir = Path(args.output_dir) if args.output_dir else None
@@ -204,6 +206,10 @@ def main(args: argparse.Namespace) -> None:
         from utils.eval_crystal_runs import evaluate_crystals
 
         evaluate_crystals(args)
+    elif args.modality == "expression":
+        from utils.eval_expression_runs import evaluate_expression
+
+        evaluate_expression(args)
     else:
         evaluate_images(args)
 

@@ -64,6 +64,8 @@ def add_expression_args(parser: argparse.ArgumentParser) -> None:
 
 def check_expression_args(args: argparse.Namespace) -> None:
     required(args, "dataset_name", "pretrained_vae_model_name_or_path")
+    if "seed" in args.typed:
+        raise UserError("--seed with --modality expression: nothing about encoding cells is random; leave it out")
     args.mixed_precision = "no"  # latents of cells are small, and encoding them takes no time
 
 

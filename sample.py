@@ -199,7 +199,7 @@ def sample_cells(args: argparse.Namespace, run_dir: Path) -> None:
         args.guidance_rescale,
         args.num_inference_steps,
         with_guide=guide is not None,
-        default=expression_requests.DEFAULT_GUIDANCE,
+        default=expression_requests.DEFAULT_GUIDANCE if guide is None else column_requests.DEFAULT_GUIDANCE,
     )
     output_dir = Path(args.output_dir) if args.output_dir else requests.next_folder(run_dir / "sampled")
     output_dir.mkdir(parents=True, exist_ok=True)

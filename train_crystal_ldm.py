@@ -11,7 +11,7 @@ load.
 import argparse
 from pathlib import Path
 
-from utils import arg_checks, crystal_args
+from utils import arg_checks, condition_args, crystal_args
 from utils import args as shared
 from utils.parsing import parse_with_config, required, run_script
 
@@ -31,6 +31,7 @@ def parse_args() -> argparse.Namespace:
     args = parse_with_config(parser)
     required(args, "output_dir", "latents_dir")
     arg_checks.check_denoiser_args(args)
+    condition_args.check_column_condition_args(args)
     crystal_args.check_learned_variance(args)
     return args
 

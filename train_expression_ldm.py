@@ -35,6 +35,7 @@ def parse_args() -> argparse.Namespace:
     args = parse_with_config(parser)
     required(args, "output_dir", "latents_dir")
     arg_checks.check_denoiser_args(args)
+    condition_args.check_column_condition_args(args)
     expression_args.check_joint_args(args)
     return args
 
@@ -125,7 +126,7 @@ def main(args: argparse.Namespace) -> None:
             args.early_stopping_min_delta,
         )
     run.save_args(args, output_dir, accelerator)  # nothing was written until all was found to fit
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not (args.joint_vae and first_step):  # whose autoencoder is not frozen
         expression_export.save_frozen_parts(output_dir, pipeline, cache.spec)
     if args.torch_compile:
         denoiser = torch.compile(denoiser)

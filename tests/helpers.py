@@ -32,6 +32,7 @@ ENVIRONMENT = {
 }
 PRELOADED = [
     "bitsandbytes",
+    "scanpy",
     "scipy.stats",
     "torch.utils.tensorboard",
     "torch_fidelity",

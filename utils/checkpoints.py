@@ -100,7 +100,10 @@ class Checkpoints:
             return 0
         manifest = read_json(checkpoint / MANIFEST)
         self._check_identity(checkpoint, manifest)
+        scales = [group.get("lr_scale") for group in self.optimizer.param_groups]
         load_state(self.accelerator, self.model, self.optimizer, checkpoint)
+        for group, scale in zip(self.optimizer.param_groups, scales, strict=True):
+            group |= {} if scale is None else {"lr_scale": scale}  # that of this run's flags, as its learning rate is
         if self.ema is not None:
             self.ema.load(checkpoint)
         logger.info("going on from %s, after %d steps", checkpoint, manifest["global_step"])

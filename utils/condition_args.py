@@ -16,7 +16,7 @@ def add_vector_model_args(parser: ArgumentParser) -> None:
         help="Residual MLP blocks with adaLN-zero, or a DiT whose tokens are pieces of the vector.",
     )
     group.add_argument(
-        "--model_size", choices=["S", "B", "L", "XL"], default=None, help="MLP: 2.3M to 127M. DiT: of the paper."
+        "--model_size", choices=["S", "B", "L", "XL"], default=None, help="MLP: 3.2M to 319M. DiT: of the paper."
     )
     group.add_argument(
         "--model_config",
@@ -45,6 +45,13 @@ def add_column_condition_args(parser: ArgumentParser, help_of_condition: str) ->
         default=0.1,
         help="Share of samples that are told nothing; of several conditions each is dropped by itself as often too.",
     )
+
+
+def check_column_condition_args(args: Namespace) -> None:
+    """Refuses settings of conditions that are not there."""
+    for name in ("cond_drop_prob", "validation_guidance_scale"):
+        if name in args.typed and not args.condition:
+            raise UserError(f"--{name} without --condition: the denoiser is told nothing; leave it out")
 
 
 def parse_conditions(

@@ -53,14 +53,16 @@ class CellSource:
             return columns_of(read_frame(file, var_key(self.key), self.flag), f"var of {self.name}")
 
 
-def open_cells(path: str, counts_layer: str | None = None, flag: str = "--dataset_name") -> CellSource:
+def open_cells(
+    path: str, counts_layer: str | None = None, flag: str = "--dataset_name", layer_flag: str = "--counts_layer"
+) -> CellSource:
     """The cells of an .h5ad file, with counts from X, from a layer, or, for "raw", from adata.raw.X. All values are
-    looked at. Raises UserError, which names the flag, for a file that is none, and for values that are no counts.
+    looked at. Raises UserError, which names the flags, for a file that is none, and for values that are no counts.
     """
     file_path = check_file(path, flag)
     with opened(file_path, flag) as file:
         frame = read_frame(file, "obs", flag)
-        key = counts_key(file, counts_layer, flag)
+        key = counts_key(file, counts_layer, flag, layer_flag)
         genes = names_of(read_frame(file, var_key(key), flag))
         stored = stored_matrix(file, key, flag)
     name = path if counts_layer is None else f"{path}, {counts_layer}"
@@ -73,7 +75,7 @@ def open_cells(path: str, counts_layer: str | None = None, flag: str = "--datase
             "write the file again"
         )
     check_genes(genes, name, flag)
-    check_counts(stored)
+    check_counts(stored, layer_flag)
     cell_ids = unique_ids(names_of(frame), name)
     return CellSource(file_path, name, genes, cell_ids, columns_of(frame, name), key, flag, stored.by_rows())
 
@@ -88,16 +90,16 @@ def matrices_of(file: Any) -> dict[str, str]:
     }
 
 
-def counts_key(file: Any, counts_layer: str | None, flag: str) -> str:
+def counts_key(file: Any, counts_layer: str | None, flag: str, layer_flag: str) -> str:
     """Where the counts lie in an open file. Raises UserError that lists what there is."""
     options = matrices_of(file)
     if (counts_layer or "X") in options:
         return options[counts_layer or "X"]
     there = f"it has {', '.join(options)}" if options else "it has no matrix at all"
     if counts_layer is None:
-        raise UserError(f"{flag}: {file.filename} has no X; {there}: name the one with counts by --counts_layer")
+        raise UserError(f"{flag}: {file.filename} has no X; {there}: name the one with counts by {layer_flag}")
     raise UserError(
-        f"--counts_layer: {file.filename} has no layer {counts_layer}; {there} (raw is adata.raw, X needs no flag)"
+        f"{layer_flag}: {file.filename} has no layer {counts_layer}; {there} (raw is adata.raw, X needs no flag)"
     )
 
 
@@ -131,7 +133,7 @@ def unique_ids(names: list[str], name: str) -> np.ndarray:
     return ids
 
 
-def check_counts(stored: StoredMatrix) -> None:
+def check_counts(stored: StoredMatrix, layer_flag: str) -> None:
     """Raises UserError that says what the values are, if they are no counts, and which matrix of the file does hold
     some.
     """
@@ -141,10 +143,10 @@ def check_counts(stored: StoredMatrix) -> None:
     with opened(stored.path, stored.flag) as file:
         others = {option: key for option, key in matrices_of(file).items() if key != stored.key}
     sound = [option for option, key in others.items() if holds_counts(stored.path, key, stored.flag)]
-    advice = "; ".join("X does: leave --counts_layer out" if s == "X" else f"--counts_layer {s} does" for s in sound)
+    advice = "; ".join(f"X does: leave {layer_flag} out" if s == "X" else f"{layer_flag} {s} does" for s in sound)
     if not sound:
         looked_at = f" (nor do {', '.join(others)})" if others else ""
-        advice = f"store the raw counts, say in adata.layers['counts'], for --counts_layer counts{looked_at}"
+        advice = f"store the raw counts, say in adata.layers['counts'], for {layer_flag} counts{looked_at}"
     raise UserError(f"{stored.flag}: {stored.key} of {stored.path} does not hold counts: {fault}; {advice}")
 
 

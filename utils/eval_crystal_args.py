@@ -2,11 +2,10 @@
 
 import os
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from pathlib import Path
 
 from utils import crystal_args, sample_args
 from utils.errors import UserError
-from utils.eval_args import check_sweep
+from utils.eval_args import check_new_folder, check_sweep
 from utils.parsing import positive_float, positive_int, refuse_together, required
 
 DEFAULT_CRYSTALS_OF_A_RUN = 500
@@ -135,14 +134,6 @@ def check_crystal_eval_args(args: Namespace) -> None:
     if args.sweep:
         check_sweep(args)
     check_new_folder(args.output_dir)
-
-
-def check_new_folder(output_dir: str | None) -> None:
-    """Raises UserError for an --output_dir that is taken."""
-    if output_dir and Path(output_dir).is_file():
-        raise UserError(f"--output_dir: {output_dir} is a file; give a new folder")
-    if output_dir and Path(output_dir).is_dir() and any(Path(output_dir).iterdir()):
-        raise UserError(f"--output_dir: {output_dir} is not empty; give a new folder")
 
 
 def parse_targets(words: list[str]) -> tuple[str, list[float]]:

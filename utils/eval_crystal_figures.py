@@ -19,11 +19,10 @@ from utils.metrics_crystals import (
     share,
     wasserstein_figures,
 )
-from utils.metrics_intervals import Figure, half_sampling_figure, mean_figure, random_halves
+from utils.metrics_intervals import MIN_FOR_HALVES, Figure, halves_figure, mean_figure, spearman
 from utils.metrics_structures import is_structurally_valid, match_pairs
 
 METASTABLE = 0.1  # eV per atom above the hull: MatterGen's bound, arXiv 2312.03687
-MIN_FOR_HALVES = 4  # samples with a value, for a figure of them
 MAX_TARGETS = 12  # values of a property that get a row each
 Found = tuple[dict[str, Figure], dict[str, str]]  # figures, and what is not measured with the reason
 
@@ -146,27 +145,6 @@ def properties(evidence: Evidence) -> Found:
         for value in sorted(values) if column.kind != HELD_OUT and len(values) <= MAX_TARGETS else []:
             figures[f"{name}_at_{value:g}"] = halves_figure(np.median, predicted[asked == value])
     return figures, {f"{name}_spearman": why for name, why in judge.reasons.items()}
-
-
-def spearman(pairs: np.ndarray) -> float:
-    """Of pairs (n, 2); 0 where one of the two never changes."""
-    from scipy.stats import spearmanr
-
-    if len(pairs) < 2 or (pairs == pairs[0]).all(axis=0).any():
-        return 0.0
-    return float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic)
-
-
-def halves_figure(
-    statistic: Callable[[np.ndarray], Any],
-    values: np.ndarray,
-    note: str = "",
-    lowest: float = -np.inf,
-    highest: float = np.inf,
-) -> Figure:
-    """A statistic of rows with the interval of half-sampling."""
-    of_halves = [float(statistic(values[half])) for half in random_halves(len(values)).numpy()]
-    return half_sampling_figure(float(statistic(values)), of_halves, len(values), note, lowest, highest)
 
 
 def stability(evidence: Evidence) -> Found:

@@ -11,7 +11,7 @@ import torch
 
 from utils.column_requests import not_a_condition
 from utils.crystal_cif import crystal_of_arrays, crystal_of_cif, has_arrays
-from utils.crystal_export import is_crystal_run, load_crystal_run
+from utils.crystal_export import load_crystal_run
 from utils.crystal_files import LINES_FILE, TABLE_FILE, read_samples
 from utils.crystal_pipeline import CrystalPipeline
 from utils.crystal_requests import clamped_counts, numbers_of_atoms, requested_crystals
@@ -20,6 +20,7 @@ from utils.data_crystals import CIF_COLUMN, CrystalTable, load_crystals, open_cr
 from utils.errors import UserError
 from utils.export import find_run
 from utils.metrics_intervals import rows_at_most
+from utils.run_folder import check_modality
 from utils.sampling import batches, image_generators
 
 UNREADABLE = Crystal(np.zeros(0, dtype=np.int64), np.zeros((0, 3)), np.zeros((3, 3)))  # valid to nothing
@@ -154,8 +155,7 @@ class Order:
 def load_model(run_dir: Path, ema_sigma_rel: float | None) -> CrystalPipeline:
     """The crystal run of --model. Raises UserError for a folder that is no run, or one of another modality."""
     find_run(run_dir, "--model")
-    if not is_crystal_run(run_dir):
-        raise UserError(f"--model: {run_dir} is a run of images; leave out --modality crystal, or give a crystal run")
+    check_modality(run_dir, "crystal")
     return load_crystal_run(run_dir, ema_sigma_rel)
 
 

@@ -105,7 +105,7 @@ def check_cell_data_args(args: Namespace) -> None:
     if getattr(args, "num_genes", MIN_GENES) < MIN_GENES:
         raise UserError(f"--num_genes {args.num_genes}: a cell of one gene has nothing to share out; give more")
     if getattr(args, "split_column", None):
-        for name in ("validation_fraction", "test_fraction", "split_seed"):
+        for name in ("validation_fraction", "test_fraction", "split_seed", "label_column"):
             if name in args.typed:
                 raise UserError(f"--{name} with --split_column: the column says which cells are kept out; use one")
 

@@ -67,7 +67,7 @@ def rows_of_split(source: CellSource, vae_folder: str, split: str, flag: str) ->
 # ---- batches
 
 
-def batch_numbers(vae: ExpressionVAE, table: CellTable, flag: str = "--batch_column") -> np.ndarray | None:
+def batch_numbers(vae: ExpressionVAE, table: CellTable, flag: str = "--dataset_name") -> np.ndarray | None:
     """(R,) the batch of each cell by its place in the model's names; None for a model that knows no batches. Raises
     UserError for batches that it never saw.
     """

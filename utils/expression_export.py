@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from utils import lora
 from utils.codecs import component_path
 from utils.errors import UserError
 from utils.export import OF_VAE, check_weights, checkpoint_weights
@@ -69,6 +70,8 @@ def export_run(
     """Writes a run that is finished."""
     save_frozen_parts(output_dir, pipeline, spec)
     save_weights(output_dir, denoiser, pipeline, card)
+    if (output_dir / lora.FOLDER).is_dir():  # adapters may be asked for what their base knows nothing of
+        save_columns(pipeline.training_columns, output_dir / lora.FOLDER / COLUMNS_FILE)
 
 
 def load_expression_run(
@@ -76,18 +79,24 @@ def load_expression_run(
 ) -> ExpressionPipeline:
     """The pipeline of a run of cells or one of its checkpoints."""
     loaded = load_parts(path, ema_sigma_rel, flag, lora_dir)
-    vae = load_expression_vae(str(loaded.run_dir / "vae"))
-    weights = checkpoint_weights(loaded.checkpoint) if loaded.checkpoint else {}
-    joint = {name.removeprefix(OF_VAE): tensor for name, tensor in weights.items() if name.startswith(OF_VAE)}
-    if joint:  # what stands in the folder is what training began with
-        vae.load_state_dict(joint)
+    files = [Path(folder) / COLUMNS_FILE for folder in (lora_dir, loaded.run_dir) if folder is not None]
     return ExpressionPipeline(
         loaded.denoiser,
         loaded.scheduler,
-        vae,
+        load_run_vae(loaded.run_dir, loaded.checkpoint, flag),
         loaded.normalisation,
-        load_columns(loaded.run_dir / COLUMNS_FILE),
+        load_columns(next(file for file in files if file.is_file())),
     )
+
+
+def load_run_vae(run_dir: Path, checkpoint: Path | None, flag: str) -> ExpressionVAE:
+    """The autoencoder of a run, or that of a checkpoint, where it was trained on with its denoiser."""
+    vae = load_expression_vae(str(run_dir / "vae"), flag)
+    weights = checkpoint_weights(checkpoint) if checkpoint else {}
+    joint = {name.removeprefix(OF_VAE): tensor for name, tensor in weights.items() if name.startswith(OF_VAE)}
+    if joint:  # what stands in the folder is what training began with
+        vae.load_state_dict(joint)
+    return vae
 
 
 def load_expression_guide(path: str, pipeline: ExpressionPipeline) -> ConditionalDenoiser:

@@ -23,7 +23,7 @@ def save_cells(
     seed: int,
 ) -> None:
     """Writes `cells.h5ad`: counts (n, G) in X, what each cell was asked to be in obs (missing where nothing was), and
-    how they were made in uns.
+    how they were made in uns. What else is in obs gives way to a condition of its name.
     """
     anndata, pandas = expression_package("anndata"), expression_package("pandas")
     obs: dict[str, Any] = {}
@@ -31,7 +31,8 @@ def save_cells(
         values = [request.get(name) for request in requests]
         is_text = any(isinstance(value, str) for value in values)
         obs[name] = pandas.Categorical(values) if is_text else np.array([np.nan if v is None else v for v in values])
-    obs |= {"library_size": library_sizes, "n_counts": counts.sum(axis=1), "seed": seed + np.arange(len(counts))}
+    made = {"library_size": library_sizes, "n_counts": counts.sum(axis=1), "seed": seed + np.arange(len(counts))}
+    obs |= {f"generated_{name}" if name in obs else name: values for name, values in made.items()}
     names = [f"generated-{i:06d}" for i in range(len(counts))]
     adata = anndata.AnnData(
         X=csr_matrix(counts),

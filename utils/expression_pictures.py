@@ -39,4 +39,5 @@ def scatter_grid(panels: Sequence[tuple[str, np.ndarray, np.ndarray | None]]) ->
 def principal_plane(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean (D,) and first two principal axes (2, D) of values (n, D)."""
     mean = values.mean(axis=0)
-    return mean, np.linalg.svd(values - mean, full_matrices=False)[2][:2]
+    centred = values - mean
+    return mean, np.linalg.eigh(centred.T @ centred)[1].T[:-3:-1]  # ascending; there are D of them, however few values

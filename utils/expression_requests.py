@@ -19,6 +19,7 @@ from utils.sampling import batches, image_generators
 
 DEFAULT_GUIDANCE = 1.0  # of cells a guided sample is too pure: a type's variance is what it is asked for
 ROWS_STREAM = 1  # of a sample's seed: which training cell it takes after
+MAX_LIBRARY = 1e12  # of a cell; real ones have up to a million counts, and of 1e18 none could be drawn
 
 
 class DrawnCells(NamedTuple):
@@ -106,8 +107,8 @@ def draw_batches(pipeline: ExpressionPipeline, requests: Sequence[dict[str, Any]
     candidates: dict[tuple, np.ndarray] = {}
     drawn = []
     for i, request in enumerate(requests):
-        if column in request:
-            drawn.append(names.index(str(request[column])))
+        if category_name(request.get(column)) in names:  # of a condition that is a number too
+            drawn.append(names.index(str(category_name(request[column]))))
             continue
         asked = tuple((name, request[name]) for name in known if name in request)
         if asked not in candidates:
@@ -140,7 +141,8 @@ def sample_cells(
             latents = pipeline.latents(
                 len(some), values, generator=generators, guide_model=guide_model, **settings
             ).float()
-        if not torch.isfinite(latents).all():
+        library_sizes = pipeline.normalisation.denormalise(latents)[:, -1].exp()
+        if not (torch.isfinite(latents).all() and (library_sizes < MAX_LIBRARY).all()):
             raise UserError(
                 "--model: it gives cells that are not finite; try --mixed_precision no or a lower --guidance_scale, "
                 "and if that does not help an earlier checkpoint: the weights are damaged"

@@ -19,8 +19,8 @@ from utils.data_cells import CellSource, open_cells
 from utils.data_expression import SPLITS, CellTable, check_labels, read_table, stratified_split
 from utils.data_genes import choose_genes
 from utils.errors import UserError
-from utils.expression_codec import load_expression_vae
-from utils.expression_export import is_expression_run
+from utils.export import find_run
+from utils.expression_export import is_expression_run, load_run_vae
 from utils.files import sha256_json
 from utils.joint_training import JointCache
 from utils.models.denoiser import ConditionalDenoiser, JointDenoiser
@@ -54,7 +54,9 @@ def open_cell_data(args: Namespace, accelerator: Accelerator) -> CellData:
     split = split_of(args, source)
     rows = {name: np.flatnonzero(split == name) for name in SPLITS}
     if not len(rows["val"]):
-        raise UserError("--validation_fraction 0: there would be no cells to choose the best weights by; give some")
+        column = args.split_column
+        said = "--validation_fraction 0" if column is None else f"--split_column {column}: no cell is of val"
+        raise UserError(f"{said}: there would be none to choose the best weights by; give some")
     batch_names = None if args.batch_column is None else names_of_batches(source, rows["train"], args.batch_column)
     genes = choose_genes(
         source, rows["train"], args.num_genes, args.gene_selection, args.min_cells, seed=args.split_seed
@@ -187,9 +189,12 @@ def check_base(args: Namespace, base: ConditionalDenoiser, cache: VectorCache) -
         raise UserError(f"--architecture with {flag}: the run says what its model is; leave it out")
     if not is_expression_run(run_dir):
         raise UserError(f"{flag}: {run_dir} is no run of cells; give one of train_expression_ldm.py")
-    folder = next(each / "vae" for each in (run_dir, run_dir.parent) if (each / "vae").is_dir())
-    if weights_hash(load_expression_vae(str(folder))) != cache.spec.fingerprint["vae"]["sha256"]:
-        raise UserError(f"{flag}: {run_dir} knows latents of another VAE; precompute --latents_dir with {folder}")
+    whole, _, checkpoint = find_run(run_dir, flag)
+    if weights_hash(load_run_vae(whole, checkpoint, flag)) != cache.spec.fingerprint["vae"]["sha256"]:
+        raise UserError(
+            f"{flag}: {run_dir} knows latents of another VAE; precompute --latents_dir with {whole / 'vae'}"
+            f"{', and start from the finished run' if checkpoint else ''}"
+        )
     use_conditions_of(base, cache, str(run_dir))
 
 

@@ -47,9 +47,20 @@ class CellStream(torch.utils.data.Dataset):
         return {name: values[0] for name, values in self.__getitems__([position]).items()}
 
 
+def blocks(table: CellTable) -> Iterator[tuple[Any, np.ndarray]]:
+    """Counts (B, G), sparse, and library sizes (B,) of some cells at a time, in fp64: in fp32 the counts of a gene in
+    a million cells would no longer add up.
+    """
+    for first in range(0, len(table), MOMENT_ROWS):
+        rows = slice(first, first + MOMENT_ROWS)
+        yield table.counts[rows].astype(np.float64), table.library_sizes[rows]
+
+
 def gene_shares(table: CellTable) -> np.ndarray:
     """(G,) each gene's share of all counts of all libraries; a gene without counts has as much as half of one."""
-    totals = np.asarray(table.counts.sum(axis=0), dtype=np.float64).ravel()
+    totals = np.zeros(len(table.genes))
+    for counts, _ in blocks(table):
+        totals += np.asarray(counts.sum(axis=0)).ravel()
     return np.maximum(totals, 0.5) / table.library_sizes.sum()
 
 
@@ -57,10 +68,9 @@ def theta_of_moments(table: CellTable, likelihood: Likelihood) -> np.ndarray:
     """(G,) `theta` of a model in which all cells share their libraries out alike: where training begins."""
     shares = gene_shares(table)
     squares, products = np.zeros(len(shares)), np.zeros(len(shares))
-    for first in range(0, len(table), MOMENT_ROWS):
-        some: Any = table.counts[first : first + MOMENT_ROWS]
-        squares += np.asarray(some.multiply(some).sum(axis=0), dtype=np.float64).ravel()
-        products += some.T @ table.library_sizes[first : first + MOMENT_ROWS]
+    for counts, library_sizes in blocks(table):
+        squares += np.asarray(counts.multiply(counts).sum(axis=0)).ravel()
+        products += counts.T @ library_sizes
     library_squares = float(np.square(table.library_sizes).mean())
     mu_squares = shares**2 * library_squares
     residual_squares = squares / len(table) - 2 * shares * products / len(table) + mu_squares

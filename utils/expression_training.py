@@ -53,6 +53,9 @@ def initialise(vae: ExpressionVAE, table: CellTable) -> None:
     shares = gene_shares(table)
     rest = [max(1 - shares.sum(), 1e-6)] if vae.config.library == "all" else []
     vae.to_shares.bias.copy_(torch.from_numpy(np.log([*shares, *rest])))
+    log_library = np.log(table.library_sizes)
+    vae.log_library_mean.fill_(log_library.mean())
+    vae.log_library_std.fill_(max(log_library.std(), 1e-3))  # cells may all have one library size
     theta = theta_of_moments(table, LIKELIHOODS[vae.config.likelihood])
     vae.log_theta.copy_(torch.from_numpy(np.log(theta)))
 

@@ -30,7 +30,14 @@ class JointCache(VectorCache):
     source: CellSource | None = None
 
     def attach(self, dataset_name: str, counts_layer: str | None, vae: ExpressionVAE) -> None:
-        """Reads the cells of this cache. Raises UserError where the file is not the one that it was made of."""
+        """Reads the cells of this cache. Raises UserError where the file is not the one that it was made of, and for
+        conditions that have a name of theirs.
+        """
+        taken = [name for name in OF_CELLS if name in self.conditions]
+        if taken:
+            raise UserError(
+                f"--condition {taken[0]} with --joint_vae: batches have something else of that name; rename the column"
+            )
         self.source = open_cells(dataset_name, counts_layer)
         self.vae = vae
         self.read_cells()
@@ -51,6 +58,12 @@ class JointCache(VectorCache):
         config = self.vae.config
         table = read_table(self.source, rows[order], config.genes, config.library, max_skipped_fraction=0.0)
         self.cells: CellTable = table.take(np.argsort(order))  # in the order of the cache
+        differ = np.flatnonzero(self.cells.library_sizes != self.table.data.column("library_size").to_numpy())
+        if len(differ):
+            raise UserError(
+                f"--dataset_name: {len(differ)} cells of {self.source.name} have other counts than in the latent "
+                f"cache, {wanted[differ[0]]} for one; give the file, and --counts_layer, that it was made of"
+            )
         self.batch_index = batch_numbers(self.vae, self.cells)
 
     def like(self, cache_dir: str | Path) -> "JointCache":

@@ -15,6 +15,7 @@ from torch.distributions import Distribution, NegativeBinomial, Normal
 # Above, a negative binomial is a Poisson distribution to within 0.1 % of its variance at a mean of one, and in fp32
 # the difference of two lgamma(theta) would be rounded to more than that.
 MIN_THETA, MAX_THETA = 1e-3, 1e3
+START = (1e-2, 1e2)  # well within: a theta that begins at a limit gets no gradient that would lead it away
 MIN_STD = 1e-2
 LIBRARIES = ("chosen", "all")  # what the library size of a cell is summed over: the genes that are modelled, or all
 
@@ -91,7 +92,7 @@ class NegativeBinomialLikelihood(Likelihood):
 
     def initial_theta(self, mu_squares: np.ndarray, residual_squares: np.ndarray, mus: np.ndarray) -> np.ndarray:
         excess = np.maximum(residual_squares - mus, mu_squares / MAX_THETA)
-        return np.clip(mu_squares / np.maximum(excess, 1e-12), *self.limits)
+        return np.clip(mu_squares / np.maximum(excess, 1e-12), *START)
 
     def draw(self, parameters: CountParameters, row: int, generator: np.random.Generator) -> np.ndarray:
         theta = parameters.theta.double().numpy()

@@ -31,6 +31,7 @@ ADAPTER, PREFIX = "default", "base_model.model."  # of peft too: in a model, and
 # U-Net's transformers the projections (1x1 convolutions, or linear) too.
 TARGETS = {
     "DiT": ("to_q", "to_kv", "to_out", "mlp.proj_in", "mlp.proj_out", "mlp.0", "mlp.2", "adaln"),
+    "VectorMLP": ("mlp.proj_in", "mlp.proj_out", "adaln"),
     "UNet2DConditionModel": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
 }
 # What a condition adds to a model that knew none. It is trained in full.

@@ -6,13 +6,16 @@ and Wu 1989, "A general theory for jackknife variance estimation"). A bootstrap 
 duplicates narrow a covariance, put zeros into distances of neighbours and ones onto the diagonal of kernels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 NUM_HALVES = 30
+MIN_FOR_HALVES = 4  # samples with a value, for a figure of them
 CONFIDENCE = 0.95
 HALF_SAMPLING, BOOTSTRAP, WILSON = "half-sampling", "bootstrap", "Wilson"
 
@@ -68,6 +71,18 @@ def half_sampling_figure(
     return Figure(value, low, high, num_samples, HALF_SAMPLING, note)
 
 
+def halves_figure(
+    statistic: Callable[[np.ndarray], Any],
+    values: np.ndarray,
+    note: str = "",
+    lowest: float = -np.inf,
+    highest: float = np.inf,
+) -> Figure:
+    """A statistic of rows with the interval of half-sampling."""
+    of_halves = [float(statistic(values[half])) for half in random_halves(len(values)).numpy()]
+    return half_sampling_figure(float(statistic(values)), of_halves, len(values), note, lowest, highest)
+
+
 def mean_figure(values: Tensor, note: str = "") -> Figure:
     """Mean of a value for each sample (N,), with its bootstrap interval over samples."""
     from scipy.stats import bootstrap
@@ -89,3 +104,12 @@ def share_figure(hits: Tensor, note: str = "") -> Figure:
     count = int(hits.sum())
     interval = binomtest(count, len(hits)).proportion_ci(CONFIDENCE, method="wilson")
     return Figure(count / len(hits), float(interval.low), float(interval.high), len(hits), WILSON, note)
+
+
+def spearman(pairs: np.ndarray) -> float:
+    """Of pairs (n, 2); 0 where one of the two never changes."""
+    from scipy.stats import spearmanr
+
+    if len(pairs) < 2 or (pairs == pairs[0]).all(axis=0).any():
+        return 0.0
+    return float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic)

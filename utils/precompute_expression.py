@@ -4,6 +4,7 @@ import logging
 from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
@@ -34,7 +35,16 @@ def build_expression_cache(args: Namespace, accelerator: Accelerator, cache_dir:
     source = open_cells(args.dataset_name, args.counts_layer)
     rows = rows_of_split(source, args.pretrained_vae_model_name_or_path, args.split, "--split")
     config = vae.config
-    table = read_table(source, rows, config.genes, config.library, None, args.max_skipped_fraction)
+    with TemporaryDirectory() as folder:  # where the counts are mapped from, for more cells than memory
+        table = read_table(source, rows, config.genes, config.library, Path(folder), args.max_skipped_fraction)
+        return build_from(args, accelerator, cache_dir, vae, table)
+
+
+def build_from(
+    args: Namespace, accelerator: Accelerator, cache_dir: Path, vae: ExpressionVAE, table: CellTable
+) -> LatentSpec:
+    """The cache of these cells, made or found."""
+    config = vae.config
     fingerprint = {
         "dataset": {"name": args.dataset_name, "split": args.split, "sha256": table.identity()},
         "vae": codecs.describe(vae, args.pretrained_vae_model_name_or_path),

@@ -21,6 +21,7 @@ th { border-bottom: 1px solid #999; } td { border-bottom: 1px solid #eee; }
 small { color: #666; } img, svg { max-width: 100%; } img { image-rendering: pixelated; } li { margin: .2rem 0; }
 """.strip()
 IN_FEATURES, NO_COMPARISON = "In the features of {}", "Figures of different features cannot be compared."
+BRACKETS = "Brackets hold 95 % intervals over the draw of the samples; the reference counts as given."
 
 
 @dataclass
@@ -42,9 +43,10 @@ def write(
     arguments: dict[str, Any],
     heading: str = IN_FEATURES,
     remark: str = NO_COMPARISON,
+    brackets: str = BRACKETS,
 ) -> None:
     """`metrics.json` and `report.html`. `facts` are what was compared; `sweep` the name of what the points differ
-    in; `heading` stands above each group, `remark` above all of them."""
+    in; `heading` stands above each group, `remark` and what `brackets` hold above all of them."""
     output_dir.mkdir(parents=True, exist_ok=True)
     measured = [
         {
@@ -63,7 +65,8 @@ def write(
     values = {"compared": facts, "notes": notes, "sweep": sweep, "points": measured, "arguments": arguments}
     write_json(output_dir / "metrics.json", values)
     write_text(
-        output_dir / "report.html", html_report("Evaluation", facts, notes, points, titles, sweep, heading, remark)
+        output_dir / "report.html",
+        html_report("Evaluation", facts, notes, points, titles, sweep, heading, remark, brackets),
     )
 
 
@@ -149,15 +152,13 @@ def html_report(
     sweep: str | None,
     heading: str = IN_FEATURES,
     remark: str = NO_COMPARISON,
+    brackets: str = BRACKETS,
 ) -> str:
     """The whole file."""
     parts = [f"<h1>{html.escape(title)}</h1>", html_table([("", ""), *facts.items()])]
     if notes:
         parts += ["<ul>", *(f"<li>{html.escape(note)}</li>" for note in notes), "</ul>"]
-    parts.append(
-        "<p><small>Brackets hold 95 % intervals over the draw of the samples; the reference counts as given. "
-        f"{html.escape(remark)}</small></p>"
-    )
+    parts.append(f"<p><small>{html.escape(brackets)} {html.escape(remark)}</small></p>")
     for features in dict.fromkeys(group.features for point in points for group in point.groups):
         group_title = html.escape(heading.format(features))
         parts += [f"<h2>{group_title}</h2>", features_table(features, points, titles)]
@@ -181,7 +182,8 @@ def html_table(rows: Sequence[Sequence[str]], escape: bool = True) -> str:
 
 
 def features_table(features: str, points: list[Point], titles: dict[str, tuple[str, str]]) -> str:
-    """A row for each figure in these features, a column for each point."""
+    """A row for each figure in these features, a column for each point that has some."""
+    points = [point for point in points if any(group.features == features for group in point.groups)]
     by_point = [
         {
             name: figure

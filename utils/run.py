@@ -82,7 +82,7 @@ def check_output_dir(output_dir: Path, resume_from_checkpoint: str | None, accel
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir: {output_dir} is a file; give a folder")
     contents = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set()
-    contents -= {"latents"}  # the cache that a run makes for itself, perhaps before it was killed
+    contents -= {"latents", "counts"}  # what a run makes for itself, perhaps before it was killed
     if contents and "args.yaml" not in contents:
         raise UserError(f"--output_dir: {output_dir} is not empty and holds no run; give another folder")
     if contents and not resume_from_checkpoint:
@@ -179,6 +179,7 @@ def make_loader(stream: Dataset, args: Namespace, accelerator: Accelerator, firs
         num_workers=args.dataloader_num_workers,
         worker_init_fn=ignore_signals,
         pin_memory=accelerator.device.type == "cuda",
+        generator=torch.Generator(),  # else it draws from that of dropout, and once more where a run goes on
     )
 
 

@@ -16,6 +16,10 @@ from utils.files import read_json, write_json, write_text
 from utils.models.denoiser import ConditionalDenoiser
 from utils.requests import same_weights
 
+# What `evaluate.py --modality` calls the samples of a run: by the class of its autoencoder, images by any other.
+MODALITIES = {"CrystalVAE": "crystal", "ExpressionVAE": "expression"}
+SAMPLES_OF = {"image": "images", "crystal": "crystals", "expression": "cells"}
+
 
 class Parts(Protocol):
     """What a run consists of: `CrystalPipeline` and `ExpressionPipeline` do."""
@@ -28,8 +32,23 @@ class Parts(Protocol):
 
 def is_run_of(vae_class: type, path: Path) -> bool:
     """Whether a run's folder, or one of its checkpoints, has an autoencoder of this class."""
+    return vae_class.__name__ in autoencoders_of(path)
+
+
+def autoencoders_of(path: Path) -> list[str]:
+    """The class of the autoencoder in a run's folder, or beside one of its checkpoints."""
     configs = (folder / "vae" / "config.json" for folder in (path, path.parent))
-    return any(each.is_file() and read_json(each).get("_class_name") == vae_class.__name__ for each in configs)
+    return [str(read_json(each).get("_class_name")) for each in configs if each.is_file()]
+
+
+def check_modality(path: Path, wanted: str) -> None:
+    """Raises UserError for a run, or a checkpoint, whose samples are of another modality than `evaluate.py` judges."""
+    found = next((MODALITIES[name] for name in autoencoders_of(path) if name in MODALITIES), "image")
+    if found != wanted:
+        advice = f"leave out --modality {wanted}" if found == "image" else f"add --modality {found}"
+        raise UserError(
+            f"--model: {path} is a run of {SAMPLES_OF[found]}; {advice}, or give a run of {SAMPLES_OF[wanted]}"
+        )
 
 
 def save_parts(output_dir: Path, parts: Parts) -> None:

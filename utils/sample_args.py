@@ -30,7 +30,8 @@ def add_sampler_args(parser: ArgumentParser) -> None:
         "--guidance_scale",
         type=non_negative_float,
         default=None,
-        help="1 = off. Default: 7.5 for images, 2 for crystals and with --guide_model; off where nothing is asked.",
+        help="1 = off. Default: 7.5 for images, 2 for crystals and with --guide_model; off for cells, and where "
+        "nothing is asked.",
     )
     group.add_argument(
         "--guidance_interval",

@@ -39,9 +39,8 @@ def open_cache(args: Namespace, accelerator: Accelerator, output_dir: Path) -> L
     specs = gather_specs(folder)
     spec = pool(specs)
     if spec.kind != "image":
-        raise UserError(
-            f"--latents_dir: {args.latents_dir} holds latents of a {spec.kind}; crystals are for train_crystal_ldm.py"
-        )
+        others = {"set": "crystals are for train_crystal_ldm.py", "vector": "cells are for train_expression_ldm.py"}
+        raise UserError(f"--latents_dir: {args.latents_dir} holds latents of a {spec.kind}; {others[spec.kind]}")
     check_fingerprint(spec.fingerprint, asked_of_cache(args, spec), args.latents_dir)
     # args.yaml should tell what was trained on, and not the defaults of flags that played no part.
     args.resolution, args.random_flip = spec.fingerprint["resolution"], spec.flips

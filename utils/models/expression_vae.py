@@ -39,8 +39,9 @@ class ExpressionVAE(ModelMixin, ConfigMixin):
     """`encode` and `decode` of raw counts of `genes`, which come in this order.
 
     The decoder's softmax shares a cell's library out. With `library` "chosen" that is the sum over these genes; with
-    "all" it is that of the whole transcriptome, and the softmax has one more entry, for all other genes together. With
-    `batch_names`, of the column `batch_column` of obs, encoder and decoder are told the batch. `latents_mean` and
+    "all" it is that of the whole transcriptome, and the softmax has one more entry, for all other genes together.
+    Encoder and decoder are told the library: what share of a cell some genes have depends on how deep it was read.
+    With `batch_names`, of the column `batch_column` of obs, encoder and decoder are told the batch. `latents_mean` and
     `latents_std` are per dimension, measured on the training set when training ends; the last dimension is the
     logarithm of the library size, which has no posterior.
     """
@@ -66,32 +67,36 @@ class ExpressionVAE(ModelMixin, ConfigMixin):
         if library not in LIBRARIES:
             raise ValueError(f"library {library} is none of {', '.join(LIBRARIES)}")
         num_genes, num_batches = len(genes), len(batch_names or [])
-        self.encoder = mlp(num_genes + num_batches, hidden_size, num_layers, dropout)
+        self.encoder = mlp(num_genes + num_batches + 1, hidden_size, num_layers, dropout)
         self.to_moments = nn.Linear(hidden_size, 2 * latent_channels)
-        self.decoder = mlp(latent_channels + num_batches, hidden_size, num_layers, dropout)
+        self.decoder = mlp(latent_channels + num_batches + 1, hidden_size, num_layers, dropout)
         self.to_shares = nn.Linear(hidden_size, num_genes + (library == "all"))
         self.to_pi = nn.Linear(hidden_size, num_genes) if LIKELIHOODS[likelihood].has_pi else None
         self.log_theta = nn.Parameter(torch.zeros(num_genes))
+        self.register_buffer("log_library_mean", torch.zeros(()))  # of the training cells
+        self.register_buffer("log_library_std", torch.ones(()))
 
-    def with_batch(self, values: Tensor, batch_index: Tensor | None) -> Tensor:
-        """`values` (B, ...) and the batch of each cell, if the model knows batches. -1 is none of them."""
-        names = self.config.batch_names
-        if not names:
-            return values
-        assert batch_index is not None
-        one_hot = torch.arange(len(names), device=values.device) == batch_index[:, None]  # (B, batches)
-        return torch.cat([values, one_hot.to(values.dtype)], dim=1)
+    def with_covariates(self, values: Tensor, library_size: Tensor, batch_index: Tensor | None) -> Tensor:
+        """`values` (B, ...), the library size of each cell and, if the model knows batches, its batch; -1 is none."""
+        log_library = (library_size.float().log() - self.log_library_mean) / self.log_library_std
+        known = [values, log_library[:, None].to(values.dtype)]
+        if names := self.config.batch_names:
+            assert batch_index is not None
+            one_hot = torch.arange(len(names), device=values.device) == batch_index[:, None]  # (B, batches)
+            known.append(one_hot.to(values.dtype))
+        return torch.cat(known, dim=1)
 
     def encode(self, counts: Tensor, library_size: Tensor, batch_index: Tensor | None = None) -> ExpressionPosterior:
         """Raw `counts` (B, G), `library_size` (B,), `batch_index` (B,) -> the posterior of latents (B, D)."""
         values = torch.log1p(counts.float() * (PER_CELL / library_size.float())[:, None])
-        values = self.with_batch(values.to(self.to_moments.weight.dtype), batch_index)
+        values = self.with_covariates(values.to(self.to_moments.weight.dtype), library_size, batch_index)
         mean, logvar = self.to_moments(self.encoder(values)).float().chunk(2, dim=1)
         return ExpressionPosterior(mean, logvar.clamp(MIN_LOGVAR, MAX_LOGVAR))
 
     def decode(self, latents: Tensor, library_size: Tensor, batch_index: Tensor | None = None) -> CountParameters:
         """Latents (B, D), `library_size` (B,), `batch_index` (B,) -> what is said of the counts (B, G), in fp32."""
-        values = self.decoder(self.with_batch(latents.to(self.to_shares.weight.dtype), batch_index))
+        latents = latents.to(self.to_shares.weight.dtype)
+        values = self.decoder(self.with_covariates(latents, library_size, batch_index))
         with torch.autocast(values.device.type, enabled=False):  # a logit in half precision is off by 3 % of a count
             values = values.float()
             log_shares = self.to_shares(values).log_softmax(dim=1)[:, : len(self.config.genes)]

@@ -1,0 +1,708 @@
+"""evaluate.py --modality expression: nulls whose law is known, faults planted in samples of real cells, tiny runs of all
+kinds of conditions, and everything that is wrong.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import refused
+from helpers import run
+from scipy.sparse import csr_matrix
+
+import evaluate as script
+from utils import metrics_cells, metrics_expression
+from utils.errors import UserError
+from utils.eval_expression import BINOMIALS as BINOMIAL
+from utils.eval_expression import CEILING, CONTROL, GAUSSIAN, PRIOR, SAMPLES, draw_rows
+from utils.eval_expression_figures import mean_of, over_seeds, type_distribution
+from utils.eval_expression_nulls import (
+    as_matrix,
+    binomial_counts,
+    gaussian_latents,
+    groups_alike,
+    prior_latents,
+    rows_of_groups,
+    rows_of_types,
+    standardised,
+)
+from utils.eval_expression_pictures import dots_of, marker_columns, marker_plot
+from utils.eval_figures import Group
+from utils.metrics_cells import Cells
+from utils.metrics_intervals import Figure
+
+anndata = pytest.importorskip("anndata")
+pytest.importorskip("scanpy")
+
+from expression_helpers import pbmc68k  # noqa: E402
+
+from utils.data_h5ad import write_h5ad  # noqa: E402
+
+NUM_GENES, CHANNELS, NUM_TEST = 120, 4, 140
+NULLS = [GAUSSIAN, BINOMIAL, PRIOR]
+BESIDE = [CONTROL, CEILING, *NULLS]
+# fmt: off
+TRAIN_VAE = [
+    "--label_column", "cell_type", "--latent_channels", CHANNELS, "--hidden_size", 24, "--max_train_steps", 80,
+    "--train_batch_size", 64, "--lr_warmup_steps", 0, "--learning_rate", 1e-2, "--kl_warmup_steps", 20, "--dropout", 0,
+    "--checkpointing_steps", 80, "--validation_steps", 80, "--ema_decay", 0.9,
+]
+TRAIN_LDM = [
+    "--max_train_steps", 60, "--train_batch_size", 64, "--lr_warmup_steps", 0, "--learning_rate", 3e-3, "--ema_decay", 0.9,
+    "--checkpointing_steps", 60, "--validation_steps", 60, "--num_validation_cells", 20, "--validation_inference_steps", 2,
+]
+# fmt: on
+
+
+# ---- nulls
+
+
+def test_rows_have_the_types_that_are_wanted():
+    """None twice where there are enough, all of them as often where there are not, none of a type that is not there."""
+    types = np.array(["A"] * 50 + ["B"] * 3, dtype=object)
+    wanted = np.array(["B"] * 7 + ["A"] * 40 + ["C"] * 2, dtype=object)
+    rows = rows_of_types(wanted, types, seed=3)
+    assert list(types[rows]) == ["B"] * 7 + ["A"] * 40
+    assert len(set(rows[7:])) == 40
+    assert sorted(np.unique(rows[:7], return_counts=True)[1]) == [2, 2, 3]
+    assert (rows_of_types(wanted, types, seed=3) == rows).all()
+    assert (rows_of_types(wanted, types, seed=4) != rows).any()
+
+
+def test_test_cells_are_drawn_evenly():
+    assert (draw_rows(30, 30, seed=5) == np.arange(30)).all()
+    assert len(set(draw_rows(30, 12, seed=5))) == 12
+    times = np.bincount(draw_rows(30, 75, seed=5), minlength=30)
+    assert set(times) == {2, 3}
+
+
+def test_groups_are_of_all_classes_together_and_fall_back_on_all_cells():
+    known = [{"kind": "A", "donor": "1", "age": 3.0}] * 6 + [{"kind": "B", "donor": "1"}] * 4 + [{"donor": "1"}] * 5
+    asked = [
+        {"donor": "1", "kind": "A", "age": 7.0},
+        {"kind": "B", "donor": "1"},
+        {"donor": "1"},
+        {"kind": "A", "donor": "1"},
+    ]
+    groups = {tuple(places): rows for places, rows in groups_alike(asked, known)}
+    assert set(groups) == {(0, 3), (1,), (2,)}
+    assert list(groups[(0, 3)]) == list(range(6))
+    assert len(groups[(1,)]) == 15  # four are too few
+    assert list(groups[(2,)]) == list(range(10, 15))
+    everyone = groups_alike([{}] * 3, [{}] * 9)
+    assert [(len(places), len(rows)) for places, rows in everyone] == [(3, 9)]
+    drawn = rows_of_groups(groups_alike(asked, known), seed=0)
+    assert max(drawn[0], drawn[3]) < 6
+    assert drawn[2] >= 10
+
+
+def two_normals(count: int) -> tuple[np.ndarray, list[dict]]:
+    """Latents (2 * count, 3) of two classes, with means and covariances of their own."""
+    generator = np.random.default_rng(0)
+    first = generator.multivariate_normal([0, 1, 2], [[1, 0.8, 0], [0.8, 1, 0], [0, 0, 0.2]], count)
+    second = generator.multivariate_normal([5, 0, -2], [[0.3, 0, -0.4], [0, 2, 0], [-0.4, 0, 1]], count)
+    return np.concatenate([first, second]), [{"kind": "A"}] * count + [{"kind": "B"}] * count
+
+
+def test_gaussian_latents_have_the_mean_and_covariance_of_each_class():
+    latents, known = two_normals(4000)
+    asked = [{"kind": "B"}] * 20_000 + [{"kind": "A"}] * 20_000
+    none = np.zeros((len(known), 0)), np.zeros((len(asked), 0))
+    drawn = gaussian_latents(latents, *none, groups_alike(asked, known), seed=0)
+    for mine, real in ((drawn[:20_000], latents[4000:]), (drawn[20_000:], latents[:4000])):
+        np.testing.assert_allclose(mine.mean(axis=0), real.mean(axis=0), atol=0.04)
+        np.testing.assert_allclose(np.cov(mine.T), np.cov(real.T), atol=0.06)
+
+
+def test_small_classes_lean_on_the_covariance_of_all():
+    """Five cells in three dimensions: their own covariance counts five parts, the mean of all (nearly that of the
+    large class) three."""
+    latents, known = two_normals(4000)
+    rows = [*range(4000), *range(4000, 4005)]
+    latents, known = latents[rows], [known[row] for row in rows]
+    asked = [{"kind": "B"}] * 50_000 + [{"kind": "A"}]
+    none = np.zeros((len(known), 0)), np.zeros((len(asked), 0))
+    drawn = gaussian_latents(latents, *none, groups_alike(asked, known), seed=0)[:-1]
+    own, large = np.cov(latents[4000:].T, bias=True), np.cov(latents[:4000].T, bias=True)
+    expected = (5 * own + 3 * (4000 * large + 5 * own) / 4005) / 8
+    np.testing.assert_allclose(np.cov(drawn.T), expected, atol=0.06)
+    np.testing.assert_allclose(drawn.mean(axis=0), latents[4000:].mean(axis=0), atol=0.03)
+
+
+def test_gaussian_latents_follow_a_number():
+    """The mean is linear in it; a cell without it has the mean of all, and a spread that is not smaller."""
+    generator = np.random.default_rng(1)
+    ages = generator.uniform(20, 80, 6000)
+    latents = np.column_stack([0.1 * ages, -ages, 0 * ages]) + generator.normal(size=(6000, 3))
+    wanted = np.repeat([30.0, 70.0, np.nan], 4000)
+    inputs = standardised(as_matrix({"age": ages}, 6000), as_matrix({"age": wanted}, 12_000))
+    drawn = gaussian_latents(latents, *inputs, groups_alike([{}] * 12_000, [{}] * 6000), seed=0)
+    for i, age in enumerate((30, 70, ages.mean())):
+        mine = drawn[4000 * i : 4000 * (i + 1)]
+        np.testing.assert_allclose(mine.mean(axis=0), [0.1 * age, -age, 0], atol=0.1)
+        np.testing.assert_allclose(np.cov(mine.T), np.eye(3), atol=0.1)
+
+
+def test_prior_latents_are_standard_normal():
+    drawn = prior_latents(np.linspace(5, 8, 5000), seed=0, dim=3)
+    np.testing.assert_allclose(drawn[:, :3].mean(axis=0), 0, atol=0.05)
+    np.testing.assert_allclose(np.cov(drawn[:, :3].T), np.eye(3), atol=0.08)
+    assert (drawn[:, 3] == np.linspace(5, 8, 5000)).all()
+
+
+def test_binomial_counts_have_the_moments_of_each_type():
+    """Mean and variance of each gene of each type are those of the training cells, and so is the correlation with the
+    library; genes are independent but for the library, which those were not."""
+    generator = np.random.default_rng(2)
+    types = np.repeat(np.array(["A", "B"], dtype=object), 20_000)
+    shares = np.where((types == "A")[:, None], [0.5, 0.3, 0.2, 0.0], [0.1, 0.2, 0.3, 0.4])
+    depths = generator.lognormal(4, 0.4, 40_000)
+    state = generator.gamma(5.0, 1 / 5, (40_000, 1)) * [[1, 1, 0, 0]] + [[0, 0, 1, 1]]  # shared by the first two genes
+    counts = generator.poisson(depths[:, None] * shares * state).astype(np.float32)
+    known = [{"kind": kind} for kind in types]
+    drawn = binomial_counts(csr_matrix(counts), depths, groups_alike(known * 3, known), seed=0)
+    wanted = np.tile(types, 3)
+    for kind in "AB":
+        mine, real = drawn[wanted == kind], counts[types == kind]
+        np.testing.assert_allclose(mine.mean(axis=0), real.mean(axis=0), rtol=0.03)
+        np.testing.assert_allclose(mine.var(axis=0), real.var(axis=0), rtol=0.08)
+    assert (drawn[wanted == "A"][:, 3] == 0).all()
+    assert (drawn == np.rint(drawn)).all()
+    together = [np.cov(each[:, :2].T)[0, 1] for each in (counts[:20_000], drawn[wanted == "A"])]
+    by_library = 0.5 * 0.3 * depths[:20_000].var()
+    assert together[1] == pytest.approx(by_library, rel=0.1)
+    assert together[0] > 1.5 * by_library
+
+
+# ---- figures
+
+
+def test_distance_of_type_distributions():
+    """Half the sum of the differences: 60, 40, 0 per cent against 20, 60, 20 is 40 per cent."""
+    told = np.array(["A"] * 60 + ["B"] * 40, dtype=object)
+    real = np.array(["A"] * 10 + ["B"] * 30 + ["C"] * 10, dtype=object)
+    figure = type_distribution(told, real)
+    assert figure.value == pytest.approx(0.4)
+    assert figure.low < 0.4 < figure.high
+    assert type_distribution(real, real).value == 0
+    assert type_distribution(np.full(9, "D", dtype=object), real).value == pytest.approx(1)
+
+
+def test_mean_over_seeds():
+    figures = [Figure(value, value - 0.1, value + 0.3, 50, "DeLong", "against 50") for value in (0.5, 0.7, 0.9)]
+    mean = mean_of(figures)
+    assert (mean.value, mean.low, mean.high, mean.num_samples) == (pytest.approx(0.7), 0.5, 0.9, 50)
+    assert mean.interval == "lowest and highest of 3 seeds"
+    assert mean.note == "std 0.2; of one seed 0.6 to 1 by DeLong; against 50"
+    trials = [[Group("A", {"x": figures[0], "y": figures[0]}, {})], [Group("A", {"x": figures[2]}, {"y": "too few"})]]
+    (group,) = over_seeds(trials)
+    assert group.figures["x"].value == pytest.approx(0.7)
+    assert set(group.figures) == {"x"}
+    assert group.not_measured == {"y": "too few"}
+    assert over_seeds(trials[:1]) == trials[0]
+
+
+def test_dots_of_markers():
+    counts = np.array([[4, 0, 1], [0, 0, 1], [0, 3, 1], [0, 5, 1]], dtype=np.float32)
+    labels = np.array(["A", "A", "B", "B"], dtype=object)
+    cells = Cells(counts, counts.sum(axis=1), labels)
+    shares, means = dots_of(cells, labels, ["A", "B", "C"], [0, 1])
+    assert shares.tolist() == [[0.5, 0], [0, 1], [0, 0]]
+    assert means[0, 0] == pytest.approx(np.log1p(8000) / 2)
+    many = Cells(np.tile(counts, (5, 1)), np.tile(counts.sum(axis=1), 5), np.tile(labels, 5))
+    assert marker_columns(many, ["A", "B"])[0] == 0
+    assert set(marker_columns(many, ["A", "B"])) == {0, 1, 2}  # none twice
+    picture = marker_plot(many, many, many.types(), ["a", "b", "c"], ("real", "samples"))
+    assert np.asarray(picture).min() < 100
+    assert marker_plot(cells, cells, labels, ["a", "b", "c"], ("real", "samples")) is None  # two cells of each
+
+
+# ---- a world of 700 cells
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> SimpleNamespace:
+    """700 blood cells with 120 genes, a coarse type and a planted number that their genes tell; an autoencoder of them,
+    and a run conditioned on cell_type."""
+    folder = tmp_path_factory.mktemp("world")
+    adata = pbmc68k()
+    totals = np.asarray(adata.X.sum(axis=0)).ravel()
+    adata = adata[:, np.sort(np.argsort(-totals)[:NUM_GENES])].copy()
+    types = adata.obs["cell_type"].astype(str).to_numpy()
+    adata.obs["coarse"] = [kind[:3] if kind[:3] in ("CD4", "CD8") else "other" for kind in types]
+    dense = adata.X.toarray()
+    values = np.log1p(1e4 * dense / dense.sum(axis=1, keepdims=True))
+    adata.obs["planted"] = values[:, np.argsort(-values.var(axis=0))[:8]].mean(axis=1)
+    write_h5ad(adata, folder / "cells.h5ad")
+    vae, ldm = folder / "vae", folder / "ldm"
+    run("train_expression_vae.py", "--dataset_name", folder / "cells.h5ad", *TRAIN_VAE, "--output_dir", vae)
+    run("precompute_latents.py", "--modality", "expression", "--dataset_name", folder / "cells.h5ad",
+        "--pretrained_vae_model_name_or_path", vae, "--latents_dir", folder / "cache")  # fmt: skip
+    (folder / "mlp.json").write_text(json.dumps({"num_layers": 2, "hidden_size": 64}))
+    run("train_expression_ldm.py", "--latents_dir", folder / "cache", "--condition", "class:cell_type",
+        "--model_config", folder / "mlp.json", *TRAIN_LDM, "--output_dir", ldm)  # fmt: skip
+    stored = pq.read_table(vae / "vae" / "cells.parquet").to_pydict()
+    split_of = dict(zip(stored["cell_id"], stored["split"], strict=True))
+    splits = np.array([split_of[name] for name in adata.obs_names])
+    return SimpleNamespace(folder=folder, adata=adata, file=folder / "cells.h5ad", vae=vae, ldm=ldm, splits=splits)
+
+
+def rows_of(world, split: str) -> np.ndarray:
+    return np.flatnonzero(world.splits == split)
+
+
+def make_run(world, folder: Path, columns: dict[str, dict]) -> Path:
+    """A run on the world's autoencoder with a denoiser that was never trained: it gives standard normal latents."""
+    from utils.codecs import Normalisation
+    from utils.conditions import ConditionSum, NoCondition
+    from utils.expression_codec import load_expression_vae
+    from utils.expression_export import export_run
+    from utils.expression_pipeline import ExpressionPipeline
+    from utils.models.denoiser import ConditionalDenoiser
+    from utils.models.vector_mlp import VectorMLP
+    from utils.sampling import SAMPLERS
+
+    torch.manual_seed(0)
+    vae = load_expression_vae(str(world.vae))
+    width = 16 if columns else None
+    model = VectorMLP(CHANNELS + 1, num_layers=1, hidden_size=16, projection_class_embeddings_input_dim=width)
+    denoiser = ConditionalDenoiser(model, ConditionSum(16, columns) if columns else NoCondition())
+    obs = world.adata.obs.iloc[rows_of(world, "train")]
+    known = {name: obs[name].to_numpy(dtype=object if "names" in columns[name] else np.float64) for name in columns}
+    normalisation = Normalisation.of_vae(vae.config, CHANNELS + 1)
+    pipeline = ExpressionPipeline(denoiser, SAMPLERS["flow_euler"](), vae, normalisation, known)
+    export_run(folder, denoiser, pipeline, SimpleNamespace(vae=str(world.vae)), "a run with random weights")
+    return folder
+
+
+def class_of(world, name: str) -> dict:
+    return {"kind": "class", "names": sorted(world.adata.obs[name].astype(str).unique())}
+
+
+@pytest.fixture
+def evaluate(world, monkeypatch, capsys):
+    """A function that evaluates against the test cells, in this process, with smaller forests and spaces, and returns what was
+    printed; None leaves a flag out, a list gives several values, True and False are with --no- in front or without."""
+    monkeypatch.setattr(metrics_expression, "NUM_TREES", 20)
+    monkeypatch.setattr(metrics_expression, "NUM_FOLDS", 3)
+    monkeypatch.setattr(metrics_cells, "NUM_COMPONENTS", 10)
+
+    def call(out: Path, **changes) -> str:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *words(world, out, **changes)])
+        script.main(script.parse_args())
+        return capsys.readouterr().out
+
+    return call
+
+
+def words(world, out: Path, **changes) -> list[str]:
+    chosen = {"reference": world.file, "output_dir": out, "device": "cpu", "umap": False} | changes
+    if chosen.get("model"):
+        chosen = {"num_inference_steps": 4} | chosen
+    flags = ["--modality", "expression"]
+    for name, value in chosen.items():
+        if value is False:
+            flags.append(f"--no-{name}")
+        elif value is True:
+            flags.append(f"--{name}")
+        elif value is not None:
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+def points_of(out: Path) -> list[dict]:
+    return json.loads((out / "metrics.json").read_text())["points"]
+
+
+def columns_of(out: Path) -> dict[str, dict[str, dict]]:
+    """column -> figure -> value, low, high, num_samples, ..."""
+    return {
+        point["point"]: {k: v for group in point["groups"] for k, v in group["figures"].items()}
+        for point in points_of(out)
+    }
+
+
+def value(out: Path, column: str, name: str) -> float:
+    return columns_of(out)[column][name]["value"]
+
+
+def reasons_of(out: Path) -> dict[str, str]:
+    return {
+        name: why
+        for point in points_of(out)
+        for group in point["groups"]
+        for name, why in group["not_measured"].items()
+    }
+
+
+def write_samples(world, path: Path, rows: np.ndarray, labels: np.ndarray | None = None, counts=None) -> Path:
+    """Real cells as if they had been sampled: of `rows`, with other labels or counts where they are given."""
+    obs = {} if labels is None else {"cell_type": np.array(labels, dtype=str)}
+    X = world.adata.X[rows] if counts is None else csr_matrix(counts.astype(np.float32))
+    made = anndata.AnnData(X, var=world.adata.var[[]])
+    made.obs_names = [f"cell-{i}" for i in range(len(rows))]
+    for name, values in obs.items():
+        made.obs[name] = values
+    write_h5ad(made, path)
+    return path
+
+
+def types_of(world, rows: np.ndarray) -> np.ndarray:
+    return world.adata.obs["cell_type"].astype(str).to_numpy()[rows]
+
+
+# ---- planted faults
+
+
+def test_cells_that_were_kept_out_are_as_good_as_real(evaluate, world, tmp_path):
+    rows = rows_of(world, "val")
+    samples = write_samples(world, tmp_path / "kept.h5ad", rows, types_of(world, rows))
+    printed = evaluate(tmp_path / "out", samples=samples, split_of=world.vae)
+    found = columns_of(tmp_path / "out")
+    assert list(found) == [SAMPLES, CONTROL, BINOMIAL]
+    ours, control = found[SAMPLES], found[CONTROL]
+    assert ours["rf_auc"]["low"] < 0.6
+    assert ours["copies"]["value"] < 0.1
+    assert ours["nearest_ratio"]["value"] == pytest.approx(1, abs=0.1)
+    assert ours["lisi"]["value"] == pytest.approx(control["lisi"]["value"], abs=0.1)
+    assert ours["accuracy"]["value"] == pytest.approx(control["accuracy"]["value"], abs=0.12)
+    assert ours["type_distribution"]["value"] < 0.2
+    assert abs(ours["zero_fraction_error"]["value"]) < 0.02
+    assert "copies" not in control
+    assert control["accuracy"]["num_samples"] == NUM_TEST  # of the test cells, and not of what it was trained on
+    assert control["rf_auc"]["num_samples"] == 70
+    assert "AUC of a random forest on genes" in printed
+    assert "By type" not in printed
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert html.count("data:image/png") == 1  # markers, and no UMAP
+    assert "<h2>By type: mixing" in html
+
+
+def test_swapped_labels(evaluate, world, tmp_path):
+    """The cells are real and cannot be told apart; the labels are of other cells."""
+    rows = rows_of(world, "val")
+    swapped = np.random.default_rng(0).permutation(types_of(world, rows))
+    samples = write_samples(world, tmp_path / "swapped.h5ad", rows, swapped)
+    evaluate(tmp_path / "out", samples=samples, split_of=world.vae)
+    ours, control = columns_of(tmp_path / "out")[SAMPLES], columns_of(tmp_path / "out")[CONTROL]
+    assert ours["rf_auc"]["low"] < 0.6
+    assert ours["accuracy"]["value"] < control["accuracy"]["value"] - 0.3
+    assert ours["train_on_samples"]["value"] < control["train_on_samples"]["value"] - 0.2
+    assert ours["lfc_slope"]["value"] < 0.5 < control["lfc_slope"]["value"]
+    assert ours["marker_overlap"]["value"] < control["marker_overlap"]["value"]
+    assert ours["type_distribution"]["value"] < 0.2  # which labels play no part in
+
+
+def test_mode_collapse(evaluate, world, tmp_path):
+    """Cells of three types are missing, and those of one come again and again in their place."""
+    rows = rows_of(world, "val")
+    labels = types_of(world, rows)
+    collapsed = rows.copy()
+    dendritic = np.flatnonzero(labels == "Dendritic")
+    collapsed[labels != "Dendritic"] = rows[dendritic[:5]][np.arange((labels != "Dendritic").sum()) % 5]
+    samples = write_samples(world, tmp_path / "collapsed.h5ad", collapsed, labels)
+    evaluate(tmp_path / "out", samples=samples, split_of=world.vae)
+    ours, control = columns_of(tmp_path / "out")[SAMPLES], columns_of(tmp_path / "out")[CONTROL]
+    assert ours["rf_auc"]["value"] > 0.85
+    assert ours["lisi"]["value"] < control["lisi"]["value"] - 0.3
+    assert ours["type_distribution"]["value"] > 0.4
+    assert ours["accuracy"]["value"] < control["accuracy"]["value"] - 0.3
+    assert ours["w2"]["value"] > control["w2"]["value"] + 0.1
+
+
+def test_copies_of_training_cells(evaluate, world, tmp_path):
+    """Everything looks perfect but for the copies."""
+    rows = rows_of(world, "train")[:150]
+    samples = write_samples(world, tmp_path / "copies.h5ad", rows, types_of(world, rows))
+    evaluate(tmp_path / "out", samples=samples, split_of=world.vae)
+    ours = columns_of(tmp_path / "out")[SAMPLES]
+    assert ours["rf_auc"]["low"] < 0.6
+    assert ours["copies"]["value"] == 1
+    assert ours["nearest_ratio"]["value"] < 0.01
+
+
+def test_means_in_place_of_draws(evaluate, world, tmp_path):
+    """Rounded means of the types have no noise: told apart at once, too little variance, zeros that are too many or
+    too few."""
+    rows = rows_of(world, "val")
+    labels, dense = types_of(world, rows), world.adata.X.toarray()
+    train = rows_of(world, "train")
+    means = np.stack([dense[train[types_of(world, train) == kind]].mean(axis=0) for kind in labels])
+    samples = write_samples(world, tmp_path / "means.h5ad", rows, labels, np.round(means))
+    evaluate(tmp_path / "out", samples=samples, split_of=world.vae)
+    ours, control = columns_of(tmp_path / "out")[SAMPLES], columns_of(tmp_path / "out")[CONTROL]
+    assert ours["rf_auc"]["value"] > 0.98
+    assert ours["gene_variance_slope"]["value"] < 0.6
+    assert ours["zero_fraction_per_gene_error"]["value"] > 3 * control["zero_fraction_per_gene_error"]["value"]
+    assert abs(ours["zero_fraction_error"]["value"]) > 0.05
+    assert ours["gene_mean_correlation"]["value"] > 0.9  # which is why it is no evidence
+
+
+def test_samples_without_labels_and_without_training_data(evaluate, world, tmp_path):
+    """What can be said of them is said, and the rest with its reason."""
+    rows = rows_of(world, "val")
+    samples = write_samples(world, tmp_path / "plain.h5ad", rows)
+    test = write_samples(
+        world, tmp_path / "test.h5ad", rows_of(world, "test"), types_of(world, rows_of(world, "test"))
+    )
+    printed = evaluate(tmp_path / "a", samples=samples, reference=test)
+    assert list(columns_of(tmp_path / "a")) == [SAMPLES]
+    assert reasons_of(tmp_path / "a")["accuracy"] == "needs --label_column"
+    assert "without --training_data there is no control" in printed
+    evaluate(tmp_path / "b", samples=samples, reference=test, label_column="cell_type")
+    reasons = reasons_of(tmp_path / "b")
+    assert "--samples has no column cell_type" in reasons["accuracy"]
+    assert "--training_data" in reasons["type_distribution"]
+    assert reasons["copies"] == "needs --training_data"
+    evaluate(tmp_path / "c", samples=samples, split_of=world.vae, label_column="cell_type")
+    found = columns_of(tmp_path / "c")
+    assert "type_distribution" in found[SAMPLES]
+    assert not any(name.startswith("accuracy") for name in found[SAMPLES])
+    assert found[CONTROL]["accuracy"]["value"] > 0.5
+    assert "accuracy" not in found[BINOMIAL]  # of all cells together, as the samples are
+
+
+# ---- runs
+
+
+def test_a_run_of_types(evaluate, world, tmp_path):
+    """Every column is there; samples were asked for what the test cells are; --samples of what was left behind gives
+    the same figures."""
+    evaluate(tmp_path / "out", model=world.ldm)
+    found = columns_of(tmp_path / "out")
+    assert list(found) == [SAMPLES, *BESIDE]
+    assert {column["w2"]["num_samples"] for column in found.values()} == {NUM_TEST}
+    made = anndata.read_h5ad(tmp_path / "out" / "samples" / "all" / "cells.h5ad")
+    wanted = types_of(world, rows_of(world, "test"))
+    assert list(made.obs["cell_type"].astype(str)) == list(wanted)
+    assert made.uns["latent_diffusion"]["num_inference_steps"] == 4
+    assert found[BINOMIAL]["accuracy"]["value"] > 0.6 > 0.4 > found[PRIOR]["accuracy"]["value"]
+    assert found[GAUSSIAN]["w2"]["value"] < found[PRIOR]["w2"]["value"]
+    assert all("type_distribution" in column for column in found.values())
+    by_type = {name for name in found[SAMPLES] if name.startswith("rf_auc of ")}
+    counts = dict(zip(*np.unique(wanted, return_counts=True), strict=True))
+    assert by_type == {f"rf_auc of {kind}" for kind, count in counts.items() if count >= 20}
+    assert by_type <= set(found[CONTROL]) & set(found[CEILING])
+    assert not by_type & set(found[GAUSSIAN])
+    facts = json.loads((tmp_path / "out" / "metrics.json").read_text())["compared"]
+    assert "of each cell_type by itself" in facts[GAUSSIAN]
+    assert facts["types"] == f"cell_type ({len(counts)})"
+
+    evaluate(tmp_path / "again", samples=tmp_path / "out" / "samples" / "all", split_of=world.ldm)
+    again = columns_of(tmp_path / "again")
+    assert list(again) == [SAMPLES, CONTROL, BINOMIAL]
+    assert again == {name: found[name] for name in again}
+
+
+def test_seeds_and_a_sweep(evaluate, world, tmp_path):
+    printed = evaluate(tmp_path / "out", model=world.ldm, seeds=2, sweep=["guidance_scale", 1, 2], num_samples=60)
+    found = columns_of(tmp_path / "out")
+    assert list(found) == ["guidance_scale 1", "guidance_scale 2", *BESIDE]
+    for column in found.values():
+        figure = column["rf_auc"]
+        assert figure["interval"] == "lowest and highest of 2 seeds"
+        assert figure["value"] == pytest.approx((figure["low"] + figure["high"]) / 2)
+        assert figure["num_samples"] == 60
+    assert found["guidance_scale 1"]["w2"]["low"] < found["guidance_scale 1"]["w2"]["high"]
+    folder = tmp_path / "out" / "samples" / "guidance_scale_2"
+    first, second = (anndata.read_h5ad(folder / f"seed_{i}" / "cells.h5ad") for i in range(2))
+    assert list(first.obs["cell_type"]) == list(second.obs["cell_type"])
+    assert not set(first.obs["seed"]) & set(second.obs["seed"])
+    assert "means over 2 seeds" in printed
+    assert "means over 2 seeds" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_coarse_types_judged_by_fine_ones(evaluate, world, tmp_path):
+    """The samples have no fine type: the mixture is judged, and the types that a classifier tells."""
+    model = make_run(world, tmp_path / "run", {"coarse": class_of(world, "coarse")})
+    printed = evaluate(tmp_path / "out", model=model, label_column="cell_type")
+    found = columns_of(tmp_path / "out")
+    assert all("type_distribution" in column for column in found.values())
+    assert {name for name in found if "accuracy" in found[name]} == {CONTROL, CEILING}
+    assert min(found, key=lambda name: found[name]["type_distribution"]["value"]) == CONTROL
+    assert "not conditioned on it" in reasons_of(tmp_path / "out")["marker_overlap"]
+    assert "not conditioned on it" in printed
+    facts = json.loads((tmp_path / "out" / "metrics.json").read_text())["compared"]
+    assert "of each coarse by itself" in facts[GAUSSIAN]
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "by the types that the classifier takes them for" in html
+
+
+def test_an_unconditional_run(evaluate, world, tmp_path):
+    """One Gaussian for all cells; without --label_column nothing is said of types."""
+    model = make_run(world, tmp_path / "run", {})
+    evaluate(tmp_path / "out", model=model, num_samples=50)
+    found = columns_of(tmp_path / "out")
+    assert list(found) == [SAMPLES, *BESIDE]
+    assert reasons_of(tmp_path / "out")["type_distribution"] == "needs --label_column"
+    assert not any("accuracy" in column for column in found.values())
+    facts = json.loads((tmp_path / "out" / "metrics.json").read_text())["compared"]
+    assert "of all training cells together" in facts[GAUSSIAN]
+    assert facts["types"] == "none"
+
+
+def test_a_number(evaluate, world, tmp_path):
+    """The regressor tells it of real cells, of reconstructions and of Gaussians that follow it; a denoiser that was
+    never trained does not follow, the prior and independent genes know nothing of it."""
+    planted = world.adata.obs["planted"].to_numpy(dtype=np.float64)
+    model = make_run(
+        world,
+        tmp_path / "run",
+        {"planted": {"kind": "property", "mean": float(planted.mean()), "std": float(planted.std())}},
+    )
+    printed = evaluate(tmp_path / "out", model=model, label_column="cell_type")
+    spearman = {name: column["planted_spearman"]["value"] for name, column in columns_of(tmp_path / "out").items()}
+    assert spearman[CONTROL] > 0.8
+    assert spearman[CEILING] > 0.5
+    assert spearman[GAUSSIAN] > 0.5
+    for name in (SAMPLES, BINOMIAL, PRIOR):
+        assert abs(spearman[name]) < 0.3, name
+    assert "planted: Spearman of asked and predicted" in printed
+    facts = json.loads((tmp_path / "out" / "metrics.json").read_text())["compared"]
+    assert "the mean linear in planted" in facts[GAUSSIAN]
+    made = anndata.read_h5ad(tmp_path / "out" / "samples" / "all" / "cells.h5ad")
+    np.testing.assert_allclose(made.obs["planted"], planted[rows_of(world, "test")], rtol=1e-6)
+    evaluate(
+        tmp_path / "again", samples=tmp_path / "out" / "samples" / "all", split_of=world.vae, label_column="cell_type"
+    )
+    again = {name: column["planted_spearman"]["value"] for name, column in columns_of(tmp_path / "again").items()}
+    assert again == {name: spearman[name] for name in (SAMPLES, CONTROL, BINOMIAL)}
+
+
+def test_as_a_user_runs_it(world, tmp_path):
+    """In a process of its own, by a checkpoint."""
+    flags = words(world, tmp_path / "out", model=world.ldm / "checkpoint-60", num_samples=40)
+    result = run("evaluate.py", *flags)
+    assert "control: real cells" in result.stdout
+    assert "n = 40" in result.stdout
+    assert (tmp_path / "out" / "report.html").is_file()
+    again = run("evaluate.py", *flags, check=False)
+    assert "--output_dir" in refused(again)
+
+
+@pytest.mark.slow
+def test_umap(evaluate, world, tmp_path):
+    """Real cells, samples and Gaussians in one plane; the compiler of umap-learn takes most of the time."""
+    evaluate(tmp_path / "out", model=world.ldm, num_samples=40, umap=True)
+    assert (tmp_path / "out" / "report.html").read_text().count("data:image/png") == 2
+
+
+# ---- what is refused
+
+
+def test_bad_input(evaluate, world, tmp_path):
+    val, test = rows_of(world, "val"), rows_of(world, "test")
+    samples = write_samples(world, tmp_path / "samples.h5ad", val, types_of(world, val))
+    logged = write_samples(world, tmp_path / "logged.h5ad", val, None, np.log1p(world.adata.X[val].toarray()))
+    tiny = write_samples(world, tmp_path / "tiny.h5ad", val[:5], types_of(world, val[:5]))
+    other = write_samples(world, tmp_path / "other.h5ad", val, np.full(len(val), "neuron"))
+    missing = types_of(world, val).astype(object)
+    missing[3:9] = ""
+    unlabelled = write_samples(world, tmp_path / "unlabelled.h5ad", val, missing)
+    renamed = world.adata.copy()
+    renamed.var_names = [f"ENSG{i:011d}" for i in range(NUM_GENES)]
+    write_h5ad(renamed, tmp_path / "renamed.h5ad")
+    strange = world.adata.copy()
+    strange.obs["cell_type"] = np.where(
+        strange.obs["cell_type"] == "Dendritic", "astrocyte", strange.obs["cell_type"].astype(str)
+    )
+    write_h5ad(strange, tmp_path / "strange.h5ad")
+    bare = world.adata[test].copy()
+    bare.obs = bare.obs[[]]
+    bare.obs_names = [f"new-{i}" for i in range(len(test))]
+    write_h5ad(bare, tmp_path / "bare.h5ad")
+    layered = anndata.read_h5ad(samples)
+    layered.layers["counts"] = layered.X.copy()
+    layered.X = layered.X * 0.5
+    write_h5ad(layered, tmp_path / "layered.h5ad")
+    two = make_run(
+        world, tmp_path / "two", {"coarse": class_of(world, "coarse"), "cell_type": class_of(world, "cell_type")}
+    )
+    plain = make_run(world, tmp_path / "plain", {})
+    (tmp_path / "empty").mkdir()
+    image_run = tmp_path / "images"
+    for folder in ("unet", "vae", "scheduler"):
+        (image_run / folder).mkdir(parents=True)
+        (image_run / folder / "config.json").write_text("{}")
+    (image_run / "model_index.json").write_text("{}")
+    model = world.ldm
+    wrong = [
+        ({}, "give --model"),
+        ({"model": model, "reference": None}, "--reference is required"),
+        ({"model": tmp_path / "nowhere"}, "--model: .*does not exist"),
+        ({"model": image_run}, "--model: .*is a run of images; leave out --modality expression"),
+        ({"model": world.vae}, "--model: .*is no run"),
+        ({"model": model, "samples": samples}, "--model with --samples"),
+        ({"samples": samples, "guidance_scale": 2}, "--guidance_scale with --samples"),
+        ({"samples": samples, "seeds": 3}, "--seeds with --samples"),
+        ({"samples": samples, "reference_split": "val"}, "--reference_split with --samples: .*--split_of"),
+        ({"model": model, "split_of": world.vae}, "--split_of without --samples"),
+        ({"model": model, "samples_layer": "counts"}, "--samples_layer without --samples"),
+        ({"samples": tmp_path / "empty"}, "--samples: .*has no cells.h5ad"),
+        ({"samples": tmp_path / "nowhere.h5ad"}, "--samples: .*does not exist"),
+        ({"samples": logged}, "--samples: X of .*does not hold counts"),
+        (
+            {"samples": tmp_path / "layered.h5ad"},
+            "--samples: X of .*does not hold counts.*--samples_layer counts does",
+        ),
+        ({"samples": samples, "samples_layer": "raw"}, "--samples_layer: .*has no layer raw"),
+        ({"samples": tiny}, "--samples: 5 cells; figures need at least 10"),
+        (
+            {"samples": other, "split_of": world.vae},
+            "--samples: no cell_type of theirs .neuron. is one of the test cells",
+        ),
+        ({"samples": unlabelled, "split_of": world.vae}, "--samples: 6 of 70 cells have no cell_type"),
+        ({"samples": samples, "reference": tmp_path / "renamed.h5ad"}, "--reference: 120 of 120 genes are not in"),
+        ({"samples": samples, "training_data": world.file}, "--reference: 700 of 700 cells of .* are training cells"),
+        ({"model": model, "reference": tmp_path / "renamed.h5ad"}, "--reference: 120 of 120 genes are not in"),
+        ({"model": model, "reference": logged}, "--reference: X of .*does not hold counts"),
+        ({"model": model, "reference": tmp_path / "bare.h5ad"}, "--reference_split test: no cell of .*bare"),
+        (
+            {"model": model, "reference": tmp_path / "strange.h5ad"},
+            "--reference: the run never saw the cell_type astrocyte",
+        ),
+        (
+            {
+                "model": model,
+                "reference": tmp_path / "bare.h5ad",
+                "reference_split": "all",
+                "training_data": world.file,
+            },
+            "--reference: there is no column cell_type in adata.obs",
+        ),
+        (
+            {"model": plain, "reference": tiny, "reference_split": "all", "training_data": world.file},
+            "--reference: .*tiny.h5ad, split all, has 5 cells",
+        ),
+        ({"model": model, "reference_split": "all"}, "--reference: 490 of 700 cells of .* are training cells"),
+        ({"model": model, "label_column": "nothing"}, "--reference: there is no column nothing .*--label_column"),
+        ({"model": model, "label_column": "planted"}, "--reference: planted holds numbers"),
+        ({"model": two}, "--label_column: the run has the classes"),
+        ({"model": model, "num_samples": 4}, "--num_samples 4: figures need at least 10"),
+        ({"model": plain, "guidance_scale": 3}, "--guidance_scale 3: no condition is asked for"),
+        ({"model": model, "sweep": ["seed", 1, 2]}, "--sweep seed"),
+        ({"model": model, "prompt": "a cat"}, "unrecognized arguments: --prompt"),
+    ]
+    for changes, expected in wrong:
+        with pytest.raises(UserError) as raised:
+            evaluate(tmp_path / "out", **changes)
+        assert re.search(expected, str(raised.value)), (changes, str(raised.value))
+        assert not (tmp_path / "out").exists(), changes
+
+
+def test_runs_of_other_modalities_say_so(world, monkeypatch):
+    """Images and crystals judge no cells, and say by which flag cells are judged."""
+    crystals = ["--modality", "crystal", "--training_data", "x.parquet"]
+    for flags in (["--features", "classifier:none"], crystals):
+        monkeypatch.setattr(
+            sys, "argv", ["evaluate.py", *flags, "--model", str(world.ldm), "--reference", "nowhere.parquet"]
+        )
+        monkeypatch.setattr("utils.features.load_features", lambda spec, device: None)
+        with pytest.raises(UserError, match="is a run of cells; add --modality expression"):
+            script.main(script.parse_args())
