@@ -299,6 +299,9 @@ def test_a_new_decoder_says_the_mean(library):
     mu = vae.decode(normals(CELLS, CHANNELS), batch["library_size"]).log_mu.exp()
     torch.testing.assert_close(mu.sum(dim=0), batch["counts"].sum(dim=0), rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(vae.theta.detach(), theta_of_moments(table, LIKELIHOODS["nb"]), rtol=1e-4)
+    logs = np.log(table.library_sizes)
+    assert vae.log_library_mean.item() == pytest.approx(logs.mean())
+    assert vae.log_library_std.item() == pytest.approx(logs.std())
 
 
 # ---- the autoencoder -------------------------------------------------------------------------------------------------
@@ -373,11 +376,15 @@ def test_a_batch_changes_what_is_decoded_and_encoded():
 
 
 def test_counts_are_normalised_before_they_are_encoded():
-    """A cell that was read three times as deep differs by its depth alone: not at all where the model is not told."""
+    """A cell that was read three times as deep differs by its depth alone, which the model is told: in units in which
+    that is nothing it does not differ at all. What is decoded goes with the depth too.
+    """
     vae, batch = make_vae(), cell_batch(small_table(), np.arange(6))
-    deeper = {name: 3 * values for name, values in batch.items()}
-    if hasattr(vae, "log_library_std"):  # what the depth is told in units of
-        vae.log_library_std.fill_(1e9)
+    deeper, latents = {name: 3 * values for name, values in batch.items()}, normals(6, CHANNELS)
+    shares = [vae.decode(latents, each["library_size"]).log_mu.softmax(dim=1) for each in (batch, deeper)]
+    assert (vae.encode(**deeper).mean - vae.encode(**batch).mean).abs().amax(dim=1).min() > 1e-3
+    assert (shares[0] - shares[1]).abs().amax(dim=1).min() > 1e-3
+    vae.log_library_std.fill_(1e9)
     for one, other in zip(vae.encode(**batch), vae.encode(**deeper), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     other = vae.encode(deeper["counts"], batch["library_size"])
