@@ -12,7 +12,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-import utils.crystal_pipeline
+import utils.column_sampling
 from utils.codecs import Normalisation
 from utils.column_runs import draw_drops
 from utils.conditions import COLUMN_CONDITIONS, ColumnCondition, ConditionSum, NoCondition
@@ -210,14 +210,14 @@ def test_a_sample_is_its_own(vae, monkeypatch, kind, columns):
         torch.testing.assert_close(latents[0], together[row], rtol=1e-4, atol=1e-4)
         same_crystals(alone, expected[row : row + 1])
 
-    draw = utils.crystal_pipeline.randn_tensor
+    draw = utils.column_sampling.randn_tensor
     noise[MAX_ATOMS] = draw(
         (1, MAX_ATOMS, CHANNELS), generator=[torch.Generator().manual_seed(100)], device=torch.device("cpu")
     )
     poisoned = noise[MAX_ATOMS].clone()
     poisoned[:, SIZES[0] :] = 1e3
     for its_noise in (poisoned, noise[MAX_ATOMS][:, : SIZES[0] + 2]):
-        monkeypatch.setattr(utils.crystal_pipeline, "randn_tensor", lambda *_, noise=its_noise, **__: noise.clone())
+        monkeypatch.setattr(utils.column_sampling, "randn_tensor", lambda *_, noise=its_noise, **__: noise.clone())
         room = its_noise.shape[1]
         latents, found = sample([0], pipeline_of(vae, kind, room, columns))
         torch.testing.assert_close(latents[0, : SIZES[0]], together[0, : SIZES[0]], rtol=1e-4, atol=1e-4)

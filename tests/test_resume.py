@@ -14,6 +14,7 @@ from conftest import ROOT, cache_flags, refused, run_script
 from helpers import ENVIRONMENT, SignalAt, contents, run, scalars, snapshot, start
 from safetensors.torch import load_file
 
+from utils.checkpoints import prune
 from utils.optimization import learning_rate_at
 
 TEXT, CLASS = "train_text_to_image_ldm.py", "train_class_cond_ldm.py"
@@ -367,3 +368,12 @@ def test_accelerate_launch(common, uninterrupted, tmp_path):
     assert result.returncode == 0, result.stderr
     assert_identical(tmp_path / "run", uninterrupted("text unet"))
     assert set(contents(tmp_path / "run" / "unet")) == set(contents(uninterrupted("text unet") / "unet"))
+
+
+def test_what_a_killed_process_was_writing_goes(tmp_path):
+    """A half-written text in a run's folder, but not a folder that an evaluation has in work."""
+    (tmp_path / ".tmp-123-elapsed.json").write_text("{")
+    (tmp_path / ".tmp-checkpoint-8").mkdir()
+    (tmp_path / ".tmp-best").mkdir()
+    prune(tmp_path, 3)
+    assert [path.name for path in tmp_path.iterdir()] == [".tmp-best"]

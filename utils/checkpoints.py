@@ -126,6 +126,9 @@ def prune(output_dir: Path, total_limit: int) -> None:
         shutil.rmtree(output_dir / f"checkpoint-{step}")
     for leftover in output_dir.glob(".tmp-checkpoint-*"):
         shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in output_dir.glob(".tmp-*"):  # a text that was being written; the process that prunes writes none
+        if leftover.is_file():
+            leftover.unlink()
 
 
 def damage(checkpoint: Path) -> str | None:
