@@ -174,7 +174,7 @@ def sample_cells(args: argparse.Namespace, run_dir: Path) -> None:
     import numpy as np
     from tqdm.auto import tqdm
 
-    from utils import column_requests, expression_files, expression_requests, requests, sampling
+    from utils import expression_files, expression_requests, requests, sampling
     from utils.expression_export import load_expression_guide, load_expression_run
 
     # Load
@@ -191,19 +191,17 @@ def sample_cells(args: argparse.Namespace, run_dir: Path) -> None:
         wanted = expression_requests.as_trained(pipeline, args.num_samples, args.seed)
     else:
         wanted = [each for each in asked for _ in range(args.num_samples)]
-    settings = column_requests.guidance_settings(
-        pipeline.scheduler,
-        any(wanted),
+    settings = expression_requests.guidance_settings(
+        pipeline,
+        wanted,
         args.guidance_scale,
         args.guidance_interval,
         args.guidance_rescale,
         args.num_inference_steps,
         with_guide=guide is not None,
-        default=expression_requests.DEFAULT_GUIDANCE if guide is None else column_requests.DEFAULT_GUIDANCE,
     )
     output_dir = Path(args.output_dir) if args.output_dir else requests.next_folder(run_dir / "sampled")
     output_dir.mkdir(parents=True, exist_ok=True)
-
     batch_size = args.batch_size if "batch_size" in args.given else CELLS_AT_ONCE
 
     # Sample

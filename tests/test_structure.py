@@ -104,7 +104,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         *("eval_crystal_args", "eval_crystal_runs", "eval_crystal_evidence", "eval_crystal_figures"),
         "vae_args",
         "lora",
-        *("condition_args", "column_requests", "column_runs", "column_sampling", "run_folder"),
+        *("condition_args", "column_requests", "column_runs", "column_sampling", "column_precompute", "run_folder"),
         *("expression_args", "expression_runs", "expression_training", "expression_validation", "expression_export"),
         *("expression_pipeline", "expression_requests", "precompute_expression", "joint_training"),
         "eval_expression*",

@@ -1,5 +1,5 @@
-"""What trainings on columns share: which conditions a cache gives, what is hidden of them, and which run to start
-from.
+"""What trainings on columns share: which conditions a cache gives, what is hidden of them, which run to start from,
+and how a denoiser is put together.
 """
 
 import logging
@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.build import fine_tuned
 from utils.column_cache import ColumnCache
+from utils.conditions import ConditionSum, NoCondition
 from utils.draws import SampleDraws
 from utils.errors import UserError
 from utils.models.denoiser import ConditionalDenoiser
@@ -63,3 +65,32 @@ def refuse_model_flags(args: Namespace, names: Sequence[str] = ("model_size", "m
             raise UserError(
                 f"--{name} with --pretrained_model_name_or_path: the run says what its model is; leave it out"
             )
+
+
+def own_config(base: ConditionalDenoiser) -> dict[str, Any]:
+    """The arguments that the model of a trained run was made with."""
+    return {name: value for name, value in base.model.config.items() if not name.startswith("_")}
+
+
+def assembled(
+    args: Namespace,
+    model_class: Any,
+    config: dict[str, Any],
+    cache: ColumnCache,
+    base: ConditionalDenoiser | None,
+) -> ConditionalDenoiser:
+    """A model of this `config` with the conditions of a cache; with the weights of `base`, where there is one. Raises
+    UserError for arguments that make no model.
+    """
+    width = config["hidden_size"]
+    if cache.conditions:
+        config = config | {"projection_class_embeddings_input_dim": width}
+    try:
+        model = model_class.from_config(config)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--model_size/--model_config: {error}") from error
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    conditions = ConditionSum(width, cache.conditions) if cache.conditions else NoCondition()
+    denoiser = ConditionalDenoiser(model, conditions)
+    return denoiser if base is None else fine_tuned(args, denoiser, base)

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from utils.build import fine_tuned, load_base, read_model_config
+from utils.build import load_base, read_model_config
 from utils.codecs import weights_hash
-from utils.column_runs import refuse_model_flags, use_conditions_of, warn_of_missing
+from utils.column_runs import assembled, own_config, refuse_model_flags, use_conditions_of, warn_of_missing
 from utils.condition_args import parse_conditions
-from utils.conditions import ConditionSum, NoCondition
 from utils.crystal_codec import load_crystal_vae
 from utils.data_crystals import CrystalTable, load_crystals
 from utils.errors import UserError
@@ -91,20 +90,8 @@ def build_set_denoiser(args: Namespace, cache: SetCache) -> ConditionalDenoiser:
             )
     else:
         check_base(args, base, cache)
-        config = {name: value for name, value in base.model.config.items() if not name.startswith("_")}
-        config["sample_size"] = max_atoms
-    width = config["hidden_size"]
-    if cache.conditions:
-        config["projection_class_embeddings_input_dim"] = width
-    try:
-        model = DiT.from_config(config)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--model_size/--model_config: {error}") from error
-    if args.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    conditions = ConditionSum(width, cache.conditions) if cache.conditions else NoCondition()
-    denoiser = ConditionalDenoiser(model, conditions)
-    return denoiser if base is None else fine_tuned(args, denoiser, base)
+        config = own_config(base) | {"sample_size": max_atoms}
+    return assembled(args, DiT, config, cache, base)
 
 
 def check_base(args: Namespace, base: ConditionalDenoiser, cache: SetCache) -> None:

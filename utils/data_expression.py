@@ -117,11 +117,7 @@ def check_labels(source: CellSource | CellTable, column: str, flag: str) -> np.n
     if column not in source.obs:
         there = ", ".join(source.obs) or "none"
         raise UserError(f"{flag}: there is no column {column} in adata.obs; there are {there}")
-    labels = text_labels(source.obs[column], column, flag)
-    if without := sum(label is None or not label.strip() for label in labels):
-        raise UserError(
-            f"{flag}: {without} of {len(labels)} cells have no {column}; name their type, or take them out of the file"
-        )
+    labels = complete_labels(source.obs[column], column, flag)
     found = Counter(labels)
     if len(found) < 2:
         raise UserError(f"{flag}: all cells have one {column} ({', '.join(found)}); give a column with two or more")
@@ -131,6 +127,16 @@ def check_labels(source: CellSource | CellTable, column: str, flag: str) -> np.n
         raise UserError(
             f"{flag}: {len(rare)} of {len(found)} types in {column} have fewer than {MIN_CELLS_OF_A_TYPE} cells "
             f"({named}); merge them with others, or take them out of the file"
+        )
+    return labels
+
+
+def complete_labels(values: np.ndarray, column: str, flag: str) -> np.ndarray:
+    """`text_labels` of a column in which each cell has one. Raises UserError where some have none."""
+    labels = text_labels(values, column, flag)
+    if without := sum(label is None or not label.strip() for label in labels):
+        raise UserError(
+            f"{flag}: {without} of {len(labels)} cells have no {column}; name their type, or take them out of the file"
         )
     return labels
 

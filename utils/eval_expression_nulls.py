@@ -5,7 +5,6 @@ are told of it, and no more.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from utils.eval_expression import (
 )
 from utils.eval_expression_real import Real, cells_of
 from utils.expression_codec import batch_numbers, draw_cells, encode_cells
-from utils.expression_stream import cell_batches
+from utils.expression_stream import cell_batches, second_moments, shares_of
 from utils.models.expression_vae import ExpressionVAE
 
 AT_ONCE = 1024
@@ -180,13 +179,10 @@ def binomial_counts(counts: csr_matrix, library_sizes: np.ndarray, groups: Group
     generator = np.random.default_rng([seed, BINOMIAL])
     drawn = np.zeros((sum(len(places) for places, _ in groups), counts.shape[1]), dtype=np.float32)
     for places, rows in groups:
-        some: Any = counts[rows].astype(np.float64)
-        sizes = library_sizes[rows]
-        shares = np.asarray(some.sum(axis=0)).ravel() / sizes.sum()  # (G,)
-        squares = np.asarray(some.multiply(some).sum(axis=0)).ravel() / len(rows)
-        mu_squares = shares**2 * np.square(sizes).mean()
-        residual_squares = squares - 2 * shares * (some.T @ sizes) / len(rows) + mu_squares  # E (count - mu)^2
-        excess = np.maximum(residual_squares - shares * sizes.mean(), mu_squares / MAX_THETA)
+        some, sizes = counts[rows], library_sizes[rows]
+        shares = shares_of(some, sizes)
+        mu_squares, residual_squares, mus = second_moments(some, sizes, shares)
+        excess = np.maximum(residual_squares - mus, mu_squares / MAX_THETA)
         theta = mu_squares / np.maximum(excess, 1e-12) + 1e-12  # a gene that is not there has neither
         mu = sizes[generator.integers(len(rows), size=len(places))][:, None] * shares
         drawn[places] = generator.negative_binomial(theta, theta / (theta + mu))

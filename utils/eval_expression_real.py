@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.data_cells import CellSource, open_cells, shortened
-from utils.data_expression import CellTable, read_table, text_labels
+from utils.data_expression import CellTable, complete_labels, read_table, text_labels
 from utils.errors import UserError
 from utils.expression_codec import rows_of_split
 from utils.metrics_cells import MIN_CELLS, Cells
@@ -131,11 +131,7 @@ def check_types(table: CellTable, column: str, flag: str) -> None:
     if column not in table.obs:
         there = ", ".join(table.obs) or "none"
         raise UserError(f"{flag}: there is no column {column} in adata.obs (--label_column); there are {there}")
-    labels = text_labels(table.obs[column], column, flag)
-    if without := sum(label is None or not label.strip() for label in labels):
-        raise UserError(
-            f"{flag}: {without} of {len(labels)} cells have no {column}; name their type, or take them out of the file"
-        )
+    labels = complete_labels(table.obs[column], column, flag)
     if len(kinds := set(labels)) < 2:
         raise UserError(
             f"{flag}: all {len(labels)} cells have the {column} {', '.join(kinds)}; judging by types needs two of "

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from utils import column_requests, expression_requests, report
+from utils import expression_requests, report
 from utils.errors import UserError
 from utils.eval_args import sweep_points
 from utils.eval_expression import (
@@ -72,15 +72,14 @@ def prepare_sampling(args: Namespace, requests: Requests) -> Sampler:
     pipeline.to(device)
     if guide is not None:
         guide.to(device)
-    settings = column_requests.guidance_settings(
-        pipeline.scheduler,
-        any(requests),
+    settings = expression_requests.guidance_settings(
+        pipeline,
+        requests,
         args.guidance_scale,
         args.guidance_interval,
         args.guidance_rescale,
         args.num_inference_steps,
         with_guide=guide is not None,
-        default=expression_requests.DEFAULT_GUIDANCE if guide is None else column_requests.DEFAULT_GUIDANCE,
     )
     return Sampler(pipeline, guide, settings)
 

@@ -2,7 +2,7 @@
 the run and sampled.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils import column_requests
 from utils.column_cache import category_name, category_numbers
 from utils.column_requests import Columns, column_values, known_category, not_a_condition, parse_assignments
 from utils.errors import UserError
@@ -118,6 +119,30 @@ def draw_batches(pipeline: ExpressionPipeline, requests: Sequence[dict[str, Any]
             candidates[asked] = numbers[fits] if fits.any() else np.arange(len(names))
         drawn.append(int(np.random.default_rng([seed + i, ROWS_STREAM, 1]).choice(candidates[asked])))
     return np.array(drawn)
+
+
+def guidance_settings(
+    pipeline: ExpressionPipeline,
+    requests: Sequence[Mapping[str, Any]],
+    guidance_scale: float | None,
+    guidance_interval: list[float],
+    guidance_rescale: float,
+    num_inference_steps: int,
+    with_guide: bool,
+) -> dict[str, Any]:
+    """Arguments of `ExpressionPipeline.latents`, as `column_requests.guidance_settings` has them; off by default where
+    no weaker run guides. Raises UserError for guidance that contradicts itself or would do nothing.
+    """
+    return column_requests.guidance_settings(
+        pipeline.scheduler,
+        any(requests),
+        guidance_scale,
+        guidance_interval,
+        guidance_rescale,
+        num_inference_steps,
+        with_guide,
+        default=column_requests.DEFAULT_GUIDANCE if with_guide else DEFAULT_GUIDANCE,
+    )
 
 
 def sample_cells(

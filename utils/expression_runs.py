@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from accelerate import Accelerator
 
-from utils.build import fine_tuned, load_base, read_model_config
+from utils.build import load_base, read_model_config
 from utils.codecs import weights_hash
 from utils.column_cache import category_name, category_numbers, describe_column
-from utils.column_runs import refuse_model_flags, use_conditions_of, warn_of_missing
+from utils.column_runs import assembled, own_config, refuse_model_flags, use_conditions_of, warn_of_missing
 from utils.condition_args import parse_conditions
-from utils.conditions import ConditionSum, NoCondition
 from utils.data_cells import CellSource, open_cells
 from utils.data_expression import SPLITS, CellTable, check_labels, read_table, stratified_split
 from utils.data_genes import choose_genes
@@ -165,20 +164,8 @@ def build_vector_denoiser(args: Namespace, cache: VectorCache) -> ConditionalDen
             )
     else:
         check_base(args, base, cache)
-        model_class = type(base.model)
-        config = {name: value for name, value in base.model.config.items() if not name.startswith("_")}
-    width = config["hidden_size"]
-    if cache.conditions:
-        config["projection_class_embeddings_input_dim"] = width
-    try:
-        model = model_class.from_config(config)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--model_size/--model_config: {error}") from error
-    if args.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    conditions = ConditionSum(width, cache.conditions) if cache.conditions else NoCondition()
-    denoiser = ConditionalDenoiser(model, conditions)
-    return denoiser if base is None else fine_tuned(args, denoiser, base)
+        model_class, config = type(base.model), own_config(base)
+    return assembled(args, model_class, config, cache, base)
 
 
 def check_base(args: Namespace, base: ConditionalDenoiser, cache: VectorCache) -> None:

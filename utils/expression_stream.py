@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from utils.data_expression import CellTable
@@ -47,31 +48,44 @@ class CellStream(torch.utils.data.Dataset):
         return {name: values[0] for name, values in self.__getitems__([position]).items()}
 
 
-def blocks(table: CellTable) -> Iterator[tuple[Any, np.ndarray]]:
+def blocks(counts: csr_matrix, library_sizes: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
     """Counts (B, G), sparse, and library sizes (B,) of some cells at a time, in fp64: in fp32 the counts of a gene in
     a million cells would no longer add up.
     """
-    for first in range(0, len(table), MOMENT_ROWS):
+    for first in range(0, len(library_sizes), MOMENT_ROWS):
         rows = slice(first, first + MOMENT_ROWS)
-        yield table.counts[rows].astype(np.float64), table.library_sizes[rows]
+        yield counts[rows].astype(np.float64), library_sizes[rows]
+
+
+def shares_of(counts: csr_matrix, library_sizes: np.ndarray) -> np.ndarray:
+    """(G,) each gene's share of all libraries."""
+    totals = np.zeros(counts.shape[1])
+    for some, _ in blocks(counts, library_sizes):
+        totals += np.asarray(some.sum(axis=0)).ravel()
+    return totals / library_sizes.sum()
+
+
+def second_moments(
+    counts: csr_matrix, library_sizes: np.ndarray, shares: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Means over cells of mu^2, (count - mu)^2 and mu, (G,) each, where all cells share their libraries out alike:
+    mu = library x share.
+    """
+    squares, products = np.zeros(len(shares)), np.zeros(len(shares))
+    for some, sizes in blocks(counts, library_sizes):
+        squares += np.asarray(some.multiply(some).sum(axis=0)).ravel()
+        products += some.T @ sizes
+    mu_squares = shares**2 * np.square(library_sizes).mean()
+    residual_squares = (squares - 2 * shares * products) / len(library_sizes) + mu_squares
+    return mu_squares, residual_squares, shares * library_sizes.mean()
 
 
 def gene_shares(table: CellTable) -> np.ndarray:
-    """(G,) each gene's share of all counts of all libraries; a gene without counts has as much as half of one."""
-    totals = np.zeros(len(table.genes))
-    for counts, _ in blocks(table):
-        totals += np.asarray(counts.sum(axis=0)).ravel()
-    return np.maximum(totals, 0.5) / table.library_sizes.sum()
+    """(G,) `shares_of`; a gene without counts has as much as half of one."""
+    return np.maximum(shares_of(table.counts, table.library_sizes), 0.5 / table.library_sizes.sum())
 
 
 def theta_of_moments(table: CellTable, likelihood: Likelihood) -> np.ndarray:
     """(G,) `theta` of a model in which all cells share their libraries out alike: where training begins."""
-    shares = gene_shares(table)
-    squares, products = np.zeros(len(shares)), np.zeros(len(shares))
-    for counts, library_sizes in blocks(table):
-        squares += np.asarray(counts.multiply(counts).sum(axis=0)).ravel()
-        products += counts.T @ library_sizes
-    library_squares = float(np.square(table.library_sizes).mean())
-    mu_squares = shares**2 * library_squares
-    residual_squares = squares / len(table) - 2 * shares * products / len(table) + mu_squares
-    return likelihood.initial_theta(mu_squares, residual_squares, shares * table.library_sizes.mean())
+    moments = second_moments(table.counts, table.library_sizes, gene_shares(table))
+    return likelihood.initial_theta(*moments)

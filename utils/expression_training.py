@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from utils.data_expression import CellTable
-from utils.expression_codec import encode_cells
 from utils.expression_stream import cell_batches, gene_shares, theta_of_moments
 from utils.files import read_json, replace_durably, write_json
 from utils.likelihoods import LIKELIHOODS, CountParameters
@@ -169,15 +168,13 @@ def measure_latents(vae: ExpressionVAE, table: CellTable, batch_index: np.ndarra
     """Measures the latents of the training cells, and stores mean and std of each dimension in the config, the
     logarithm of the library size last. Says what is wrong with them. Returns the statistics without that.
     """
-    sums, with_library = PosteriorSums(), PosteriorSums()
+    sums = PosteriorSums()
     for batch in cell_batches(table, BATCH_SIZE, batch_index):
-        mean, std = encode_cells(vae, {name: values.to(vae.device) for name, values in batch.items()})
-        logvar = 2 * std.clamp(min=1e-15).log()
-        sums.add(mean[:, :-1, None, None], logvar[:, :-1, None, None])
-        with_library.add(mean[..., None, None], logvar[..., None, None])
-    statistics, all_statistics = sums.statistics(), with_library.statistics()
-    stds = [max(each, 1e-6) for each in all_statistics.std]  # cells may all have one library size
-    vae.register_to_config(latents_mean=all_statistics.mean, latents_std=stds)
+        posterior = vae.encode(**{name: values.to(vae.device) for name, values in batch.items()})
+        sums.add(posterior.mean[..., None, None], posterior.logvar[..., None, None])
+    statistics, log_library = sums.statistics(), np.log(table.library_sizes)
+    stds = [max(each, 1e-6) for each in (*statistics.std, float(log_library.std()))]  # all may have one library size
+    vae.register_to_config(latents_mean=[*statistics.mean, float(log_library.mean())], latents_std=stds)
     for fault in statistics.faults():
         logger.warning("at the end: %s", fault)
     return statistics

@@ -76,9 +76,8 @@ class CellSamples:
         if not self.accelerator.is_main_process:
             return
         pipeline = replace(self.pipeline, denoiser=merge_lora(model))
-        values = {name: torch.from_numpy(known[self.rows]) for name, known in self.cache.values.items()}
-        values = {name: each.float() if each.is_floating_point() else each for name, each in values.items()}
-        count = len(self.rows)
+        batch, count = self.cache.gather(self.rows), len(self.rows)
+        values = {name: batch[name] for name in self.cache.conditions}
         with self.accelerator.autocast():
             latents = pipeline.latents(count, values, generator=image_generators(0, 0, count), **self.settings)
         found, real = latents.float().cpu().numpy(), self.real(self.rows)

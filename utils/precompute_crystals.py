@@ -3,7 +3,6 @@
 import logging
 from argparse import Namespace
 from collections import Counter
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from utils import codecs
-from utils.cache_writer import ChannelSums, ShardFolder, write_skipped
+from utils.cache_writer import ChannelSums, ShardFolder
+from utils.column_precompute import finish_cache, found_or_made
 from utils.crystal_codec import load_crystal_vae
 from utils.crystal_stream import crystal_batch, translated
 from utils.data_crystals import CrystalTable, load_crystals
 from utils.draws import SampleDraws
 from utils.errors import UserError
-from utils.files import write_json
-from utils.latent_cache import SPEC_FILE, LatentSpec, check_fingerprint
+from utils.latent_cache import LatentSpec
 from utils.models.crystal_vae import CrystalVAE
-from utils.precompute import PLAN_FILE, claim_folder
 
 logger = logging.getLogger(__name__)
 DTYPE = "float32"  # latents of crystals are small, and half precision would move atoms
@@ -51,16 +49,11 @@ def build_crystal_cache(args: Namespace, accelerator: Accelerator, cache_dir: Pa
         "content": "moments",
         "dtype": DTYPE,
     }
-    if (cache_dir / SPEC_FILE).is_file():
-        spec = LatentSpec.read(cache_dir)
-        check_fingerprint(spec.fingerprint, fingerprint, cache_dir)
-        return spec
-    if accelerator.is_main_process:
-        claim_folder(cache_dir, fingerprint | {"rows_per_shard": args.rows_per_shard})
-        vae.to(accelerator.device)
-        write_cache(args, cache_dir, vae, table, fingerprint)
-    accelerator.wait_for_everyone()
-    return LatentSpec.read(cache_dir)
+
+    def write() -> None:
+        write_cache(args, cache_dir, vae.to(accelerator.device), table, fingerprint)
+
+    return found_or_made(accelerator, cache_dir, fingerprint, args.rows_per_shard, write)
 
 
 def write_cache(
@@ -102,12 +95,7 @@ def write_cache(
             moved = np.concatenate(parts, axis=1)  # (translations, rows, 2, N, D)
             columns |= dict(zip(spec.variants(), moved, strict=True))
             shards.write(index, columns, {})
-    shards.finish()
-    write_skipped(cache_dir / "skipped.jsonl", table.skipped)
-    of_vae = codecs.Normalisation.of_vae(vae.config, channels)
-    normalisation = {"vae": asdict(of_vae), "measured": ChannelSums.combine([sums.to_json()])}
-    write_json(cache_dir / SPEC_FILE, asdict(replace(spec, normalisation=normalisation)))
-    (cache_dir / PLAN_FILE).unlink()
+    finish_cache(cache_dir, shards, spec, table.skipped, codecs.Normalisation.of_vae(vae.config, channels), sums)
 
 
 def set_features(spec: LatentSpec) -> datasets.Features:

@@ -2,7 +2,6 @@
 
 import logging
 from argparse import Namespace
-from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,15 +12,15 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from utils import codecs
-from utils.cache_writer import ChannelSums, ShardFolder, write_skipped
+from utils.cache_writer import ChannelSums, ShardFolder
+from utils.column_precompute import finish_cache, found_or_made
 from utils.data_cells import open_cells
 from utils.data_expression import CellTable, read_table
 from utils.expression_codec import batch_numbers, encode_cells, load_expression_vae, rows_of_split
 from utils.expression_stream import cell_batch
-from utils.files import sha256_json, write_json
-from utils.latent_cache import SPEC_FILE, LatentSpec, check_fingerprint
+from utils.files import sha256_json
+from utils.latent_cache import LatentSpec
 from utils.models.expression_vae import ExpressionVAE
-from utils.precompute import PLAN_FILE, claim_folder
 
 logger = logging.getLogger(__name__)
 DTYPE = "float32"  # latents of cells are small
@@ -53,15 +52,11 @@ def build_from(
         "content": "moments",
         "dtype": DTYPE,
     }
-    if (cache_dir / SPEC_FILE).is_file():
-        spec = LatentSpec.read(cache_dir)
-        check_fingerprint(spec.fingerprint, fingerprint, cache_dir)
-        return spec
-    if accelerator.is_main_process:
-        claim_folder(cache_dir, fingerprint | {"rows_per_shard": args.rows_per_shard})
+
+    def write() -> None:
         write_cache(args, cache_dir, vae.to(accelerator.device), table, fingerprint)
-    accelerator.wait_for_everyone()
-    return LatentSpec.read(cache_dir)
+
+    return found_or_made(accelerator, cache_dir, fingerprint, args.rows_per_shard, write)
 
 
 def write_cache(
@@ -101,12 +96,7 @@ def write_cache(
             columns |= {"library_size": table.library_sizes[rows], "latents": np.concatenate(moments)}
             columns |= {f"column.{name}": values[rows] for name, values in table.obs.items()}
             shards.write(index, columns, {})
-    shards.finish()
-    write_skipped(cache_dir / "skipped.jsonl", table.skipped)
-    of_vae = codecs.Normalisation.of_vae(vae.config, dimensions)
-    normalisation = {"vae": asdict(of_vae), "measured": ChannelSums.combine([sums.to_json()])}
-    write_json(cache_dir / SPEC_FILE, asdict(replace(spec, normalisation=normalisation)))
-    (cache_dir / PLAN_FILE).unlink()
+    finish_cache(cache_dir, shards, spec, table.skipped, codecs.Normalisation.of_vae(vae.config, dimensions), sums)
 
 
 def vector_features(spec: LatentSpec) -> datasets.Features:

@@ -1,0 +1,51 @@
+"""What making a cache of sets or vectors takes beside its rows: found where it is finished, completed at the end."""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from utils.cache_writer import ChannelSums, ShardFolder, write_skipped
+from utils.codecs import Normalisation
+from utils.files import write_json
+from utils.latent_cache import SPEC_FILE, LatentSpec, check_fingerprint
+from utils.precompute import PLAN_FILE, claim_folder
+
+
+def found_or_made(
+    accelerator: Accelerator,
+    cache_dir: Path,
+    fingerprint: dict[str, Any],
+    rows_per_shard: int,
+    write: Callable[[], None],
+) -> LatentSpec:
+    """The spec of the cache with this `fingerprint`, finished or made now by `write`, which the main process calls.
+    Raises UserError for a folder with another cache or something else in it.
+    """
+    if (cache_dir / SPEC_FILE).is_file():
+        spec = LatentSpec.read(cache_dir)
+        check_fingerprint(spec.fingerprint, fingerprint, cache_dir)
+        return spec
+    if accelerator.is_main_process:
+        claim_folder(cache_dir, fingerprint | {"rows_per_shard": rows_per_shard})
+        write()
+    accelerator.wait_for_everyone()
+    return LatentSpec.read(cache_dir)
+
+
+def finish_cache(
+    cache_dir: Path,
+    shards: ShardFolder,
+    spec: LatentSpec,
+    skipped: list[dict[str, Any]],
+    of_vae: Normalisation,
+    sums: ChannelSums,
+) -> None:
+    """Completes a cache whose shards are written; its spec, with what was measured on the way, comes last."""
+    shards.finish()
+    write_skipped(cache_dir / "skipped.jsonl", skipped)
+    normalisation = {"vae": asdict(of_vae), "measured": ChannelSums.combine([sums.to_json()])}
+    write_json(cache_dir / SPEC_FILE, asdict(replace(spec, normalisation=normalisation)))
+    (cache_dir / PLAN_FILE).unlink()
