@@ -17,8 +17,8 @@ from utils.data_expression import CellTable
 from utils.expression_stream import cell_batches, gene_shares, theta_of_moments
 from utils.files import read_json, replace_durably, write_json
 from utils.likelihoods import LIKELIHOODS, CountParameters
-from utils.models.expression_vae import PER_CELL, ExpressionPosterior, ExpressionVAE
-from utils.posterior import PosteriorStatistics, PosteriorSums
+from utils.models.expression_vae import PER_CELL, ExpressionVAE
+from utils.posterior import GaussianPosterior, PosteriorStatistics, PosteriorSums
 from utils.vae_losses import kl_to_standard_normal
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Elbo:
         self.likelihood = LIKELIHOODS[likelihood]
 
     def __call__(
-        self, parameters: CountParameters, posterior: ExpressionPosterior, counts: Tensor
+        self, parameters: CountParameters, posterior: GaussianPosterior, counts: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood (B,) of raw `counts` (B, G), in fp32 whatever autocast says, and the KL divergence
         (B,) of the posterior from a standard normal.

@@ -1,9 +1,10 @@
-"""The health of a posterior: what the latents of many samples say of the autoencoder that made them."""
+"""The normal posterior of an autoencoder, and its health: what the latents of many samples say of it."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from utils.vae_losses import kl_to_standard_normal
@@ -15,6 +16,25 @@ MIN_KL, MIN_ACTIVE_SHARE = 0.01, 0.01
 # Latents of public autoencoders have stds of 1 to 6; far above, sampled and mean latents decode to different images
 # and half precision runs out of range.
 MAX_STD = 30.0
+
+MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0  # as diffusers' DiagonalGaussianDistribution
+
+
+class GaussianPosterior(NamedTuple):
+    """A normal distribution for each latent value."""
+
+    mean: Tensor  # (B, ..., D)
+    logvar: Tensor  # (B, ..., D)
+
+    @property
+    def std(self) -> Tensor:
+        return torch.exp(0.5 * self.logvar)
+
+    @classmethod
+    def of_moments(cls, moments: Tensor) -> "GaussianPosterior":
+        """Of an encoder's output (B, ..., 2 D): means, then log-variances. In fp32."""
+        mean, logvar = moments.float().chunk(2, dim=-1)
+        return cls(mean, logvar.clamp(MIN_LOGVAR, MAX_LOGVAR))
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from utils.crystal_losses import CrystalPrediction, frac_vectors, scaled_lengths
 from utils.crystals import MAX_ATOMIC_NUMBER
 from utils.models.attention import Attention, SwiGLU
+from utils.posterior import GaussianPosterior
 from utils.tensor_ops import append_dims
 
-MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0  # as diffusers' DiagonalGaussianDistribution
 NUM_HARMONICS = 4
 TYPICAL_LENGTH = 3.0  # Angstrom over the cube root of the number of atoms: where the heads begin
 
@@ -35,17 +35,6 @@ CRYSTAL_VAE_SIZES = {
     "large": CrystalVAEPreset(512, 8, 8),  # 51M
 }
 # fmt: on
-
-
-class CrystalPosterior(NamedTuple):
-    """A normal distribution for each latent value."""
-
-    mean: Tensor  # (B, N, D)
-    logvar: Tensor  # (B, N, D)
-
-    @property
-    def std(self) -> Tensor:
-        return torch.exp(0.5 * self.logvar)
 
 
 class Block(nn.Module):
@@ -101,7 +90,7 @@ class CrystalVAE(ModelMixin, ConfigMixin):
 
     def encode(
         self, atomic_numbers: Tensor, frac_coords: Tensor, lengths: Tensor, angles: Tensor, attention_mask: Tensor
-    ) -> CrystalPosterior:
+    ) -> GaussianPosterior:
         """`atomic_numbers` (B, N), `frac_coords` (B, N, 3), `lengths` (B, 3) in Angstrom, `angles` (B, 3) in degrees,
         `attention_mask` (B, N), True = atom -> the posterior of latents (B, N, D).
         """
@@ -121,8 +110,7 @@ class CrystalVAE(ModelMixin, ConfigMixin):
         values = values + self.cell_embed(cell.to(dtype))[:, None]  # (B, N, hidden)
         for block in self.encoder:
             values = block(values, attention_mask)
-        mean, logvar = self.to_moments(self.encoder_norm(values)).float().chunk(2, dim=-1)
-        return CrystalPosterior(mean, logvar.clamp(MIN_LOGVAR, MAX_LOGVAR))
+        return GaussianPosterior.of_moments(self.to_moments(self.encoder_norm(values)))
 
     def decode(self, latents: Tensor, attention_mask: Tensor) -> CrystalPrediction:
         """Latents (B, N, D) with `attention_mask` (B, N), True = atom, as a prediction of crystals."""
@@ -136,7 +124,7 @@ class CrystalVAE(ModelMixin, ConfigMixin):
         vectors = self.to_sites(values).float().unflatten(-1, (3, 2))
         return CrystalPrediction(self.to_elements(values).float(), vectors, lengths, angles)
 
-    def forward(self, batch: dict[str, Tensor], noise: Tensor) -> tuple[CrystalPrediction, CrystalPosterior]:
+    def forward(self, batch: dict[str, Tensor], noise: Tensor) -> tuple[CrystalPrediction, GaussianPosterior]:
         """Crystals and noise (B, N, D) -> their reconstruction from a sample of the posterior, and the posterior."""
         posterior = self.encode(**batch)
         return self.decode(posterior.mean + posterior.std * noise, batch["attention_mask"]), posterior

@@ -2,28 +2,15 @@
 (Lopez et al. 2018, scVI, Nature Methods 15, 1053).
 """
 
-from typing import NamedTuple
-
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from utils.likelihoods import LIBRARIES, LIKELIHOODS, CountParameters
+from utils.posterior import GaussianPosterior
 
-MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0  # as diffusers' DiagonalGaussianDistribution
 PER_CELL = 1e4  # counts that a cell is scaled to before the logarithm
-
-
-class ExpressionPosterior(NamedTuple):
-    """A normal distribution for each latent value."""
-
-    mean: Tensor  # (B, D)
-    logvar: Tensor  # (B, D)
-
-    @property
-    def std(self) -> Tensor:
-        return torch.exp(0.5 * self.logvar)
 
 
 def mlp(input_dim: int, hidden_size: int, num_layers: int, dropout: float) -> nn.Sequential:
@@ -86,12 +73,11 @@ class ExpressionVAE(ModelMixin, ConfigMixin):
             known.append(one_hot.to(values.dtype))
         return torch.cat(known, dim=1)
 
-    def encode(self, counts: Tensor, library_size: Tensor, batch_index: Tensor | None = None) -> ExpressionPosterior:
+    def encode(self, counts: Tensor, library_size: Tensor, batch_index: Tensor | None = None) -> GaussianPosterior:
         """Raw `counts` (B, G), `library_size` (B,), `batch_index` (B,) -> the posterior of latents (B, D)."""
         values = torch.log1p(counts.float() * (PER_CELL / library_size.float())[:, None])
         values = self.with_covariates(values.to(self.to_moments.weight.dtype), library_size, batch_index)
-        mean, logvar = self.to_moments(self.encoder(values)).float().chunk(2, dim=1)
-        return ExpressionPosterior(mean, logvar.clamp(MIN_LOGVAR, MAX_LOGVAR))
+        return GaussianPosterior.of_moments(self.to_moments(self.encoder(values)))
 
     def decode(self, latents: Tensor, library_size: Tensor, batch_index: Tensor | None = None) -> CountParameters:
         """Latents (B, D), `library_size` (B,), `batch_index` (B,) -> what is said of the counts (B, G), in fp32."""
@@ -108,7 +94,7 @@ class ExpressionVAE(ModelMixin, ConfigMixin):
         """(G,) the dispersion, within what the likelihood takes."""
         return LIKELIHOODS[self.config.likelihood].within(self.log_theta.float().exp())
 
-    def forward(self, batch: dict[str, Tensor], noise: Tensor) -> tuple[CountParameters, ExpressionPosterior]:
+    def forward(self, batch: dict[str, Tensor], noise: Tensor) -> tuple[CountParameters, GaussianPosterior]:
         """Cells and noise (B, D) -> what a sample of the posterior says of the counts, and the posterior."""
         posterior = self.encode(**batch)
         given = {name: value for name, value in batch.items() if name != "counts"}
