@@ -1,79 +1,36 @@
-"""What a batch costs from the latent cache, against the same batch from tensors in memory.
+"""What a batch costs from the latent cache, against the same batch from tensors in memory; and what memory it takes.
 
     python benchmarks/cache_read.py
+    python benchmarks/cache_read.py --rows 200000 --latents_dir /mnt/disk/cache     # larger than memory; kept
 
-Random batches of 64 rows of a cache of 2,000: latents 4 x 32 x 32 and caption states 77 x 768, float16. The two are
-measured in turn, so that whatever else the machine does falls on both.
+Random batches of 64 rows: latents 4 x 32 x 32 and caption states 77 x 768, float16. All ways are measured in turn, so
+that whatever else the machine does falls on all. "loader" is what the trainers iterate, in this process. The cold rows
+are read after the kernel was told to forget the files; then an epoch is read with no room left for more than
+--headroom bytes of memory that is not a file's.
 """
 
-import argparse
-import sys
+import os
+import resource
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import asdict
+from argparse import Namespace
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from common import benchmark_parser, report, seconds, write_random_cache
+from torch.utils.data import DataLoader
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from utils.draws import PositionBatches, identity
+from utils.latent_cache import SPEC_FILE, LatentCache, LatentStream
+from utils.planning import readable
 
-from utils.cache_writer import ShardFolder, caption_features, caption_id, latent_features
-from utils.files import write_json
-from utils.latent_cache import SPEC_FILE, LatentCache, LatentSpec
-
-LATENT, STATES = (4, 32, 32), (77, 768)
-
-
-def write_cache(folder: Path, rows: int, rows_per_shard: int) -> None:
-    """A cache of random numbers: each row has a caption of its own, and caption row 0 is the empty one."""
-    rng = np.random.default_rng(0)
-    captions = ["", *(f"caption {i}" for i in range(rows))]
-    ids = list(map(caption_id, captions))
-    latents = ShardFolder(folder / "latents", latent_features(int(np.prod(LATENT)), False, True, True))
-    states = ShardFolder(folder / "captions", caption_features("hidden_states", int(np.prod(STATES))))
-    for index, first in enumerate(range(0, rows, rows_per_shard)):
-        some = range(first, min(first + rows_per_shard, rows))
-        columns = {
-            "row": list(some),
-            "latents": rng.standard_normal((len(some), *LATENT), dtype=np.float32).astype(np.float16),
-            "label": [row % 10 for row in some],
-            "caption": [[captions[row + 1]] for row in some],
-            "caption_id": [[ids[row + 1]] for row in some],
-        }
-        latents.write(index, columns, {})
-    for index, first in enumerate(range(0, len(captions), rows_per_shard)):
-        some = range(first, min(first + rows_per_shard, len(captions)))
-        columns = {
-            "caption_id": [ids[row] for row in some],
-            "caption": [captions[row] for row in some],
-            "num_tokens": [2 + row % 75 for row in some],
-            "hidden_states": rng.standard_normal((len(some), *STATES), dtype=np.float32).astype(np.float16),
-        }
-        states.write(index, columns, {})
-    latents.finish()
-    states.finish()
-    plain = {"mean": [0.0] * LATENT[0], "std": [1.0] * LATENT[0]}
-    spec = LatentSpec(
-        kind="image",
-        shape=LATENT,
-        dtype="float16",
-        content="mean",
-        flips=False,
-        num_rows=rows,
-        num_skipped=0,
-        normalisation={"vae": plain, "measured": plain},
-        captions={"content": "hidden_states", "shape": STATES, "count": len(captions), "hidden_size": STATES[1]},
-        labels={"num_classes": 10, "names": None},
-        vae="none",
-        text_encoder=None,
-        fingerprint={},
-    )
-    write_json(folder / SPEC_FILE, asdict(spec))
-
-
-Gather = Callable[[np.ndarray], dict[str, torch.Tensor]]
+LATENT = (4, 32, 32)
+Gather = Callable[[np.ndarray], Any]
 
 
 def in_memory(cache: LatentCache) -> dict[str, Gather]:
@@ -89,38 +46,107 @@ def in_memory(cache: LatentCache) -> dict[str, Gather]:
     }
 
 
-def seconds(gather: Gather, rows: np.ndarray) -> float:
-    started = time.perf_counter()
-    gather(rows)
-    return time.perf_counter() - started
+def endless_batches(cache: LatentCache, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """What the trainers iterate."""
+    sampler = PositionBatches(batch_size, 1, 0, 0, 1)
+    return iter(DataLoader(LatentStream(cache, seed=0), batch_sampler=sampler, collate_fn=identity))
+
+
+def batch_rows(cache: LatentCache, args: Namespace) -> list[dict[str, Any]]:
+    """The first table."""
+    loader = endless_batches(cache, args.batch_size)
+    gathers: dict[str, Gather] = {
+        "latent cache": cache.gather,
+        "latent cache, loader": lambda rows: next(loader),
+        **in_memory(cache),
+    }
+    rng = np.random.default_rng(1)
+    batches = [rng.integers(len(cache), size=args.batch_size) for _ in range(args.rounds)]
+    for rows in batches[:10]:  # warm up, and see that all that are given rows give the same
+        expected, _, *others = (gather(rows) for gather in gathers.values())
+        assert all(torch.equal(other[key], expected[key]) for other in others for key in expected)
+    # Rows of its own for each, or the second way to index would find those of the first in the CPU's cache.
+    turns = zip(*(batches[i * 50 :] + batches[: i * 50] for i in range(len(gathers))))
+    times = np.array([[1000 * seconds(partial(g, r)) for g, r in zip(gathers.values(), turn)] for turn in turns])
+    medians = np.median(times, axis=0)
+    figures = []
+    for name, column, median in zip(gathers, times.T, medians):
+        low, high = np.quantile(column, (0.1, 0.9))
+        ratio = float(medians[0] / median)
+        figures.append(
+            {"from": name, "median, ms": median, "10 %": low, "90 %": high, "cache / this": ratio}
+            | {"loader / this": float(medians[1] / median)}
+        )
+    return figures
+
+
+def forget(folder: Path) -> None:
+    """Has the kernel drop the shards of a cache from its memory."""
+    for shard in folder.glob("*/*.arrow"):
+        with open(shard, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def cold_milliseconds(folder: Path, args: Namespace) -> float:
+    """The median of batches of rows that no one has read since the files were forgotten."""
+    cache = LatentCache(folder)
+    forget(folder)
+    rows = np.random.default_rng(2).permutation(len(cache))
+    batches = np.array_split(rows[: len(rows) // 4], max(1, len(rows) // 4 // args.batch_size))
+    return 1000 * float(np.median([seconds(partial(cache.gather, each)) for each in batches]))
+
+
+def memory() -> dict[str, int]:
+    """Bytes of this process: resident, and of those what is no file's."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+    kilobytes = {name: int(value.split()[0]) for name, value in (line.split(":") for line in lines)}
+    return {"resident": 1024 * kilobytes["Rss"], "anonymous": 1024 * kilobytes["Anonymous"]}
+
+
+def epoch(folder: Path, args: Namespace) -> dict[str, Any]:
+    """An epoch of the loader's batches, in a process that may not grow."""
+    cache = LatentCache(folder)
+    loader = endless_batches(cache, args.batch_size)
+    for _ in range(3):
+        next(loader)
+    before = memory()
+    data_segment = 1024 * int(
+        next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line[:6] == "VmData")
+    )
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (data_segment + args.headroom, limits[1]))
+    took = seconds(lambda: deque(islice(loader, len(cache) // args.batch_size), maxlen=0))
+    resource.setrlimit(resource.RLIMIT_DATA, limits)
+    after = memory()
+    size = sum(shard.stat().st_size for shard in folder.glob("*/*.arrow"))
+    return {
+        "cache on disk": readable(size),
+        "room left": readable(args.headroom),
+        "memory, grown by": readable(max(0, after["anonymous"] - before["anonymous"])),
+        "files mapped, grown by": readable(max(0, after["resident"] - before["resident"])),
+        "samples/s": len(cache) // args.batch_size * args.batch_size / took,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=2000, help="Rows of the cache.")
+    parser = benchmark_parser(__doc__ or "")
+    parser.add_argument("--latents_dir", type=Path, default=None, help="The cache. Default: a temporary one.")
+    parser.add_argument("--rows", type=int, default=2000, help="Rows of a cache that is made for this.")
     parser.add_argument("--batch_size", type=int, default=64, help="Rows a batch.")
     parser.add_argument("--rounds", type=int, default=300, help="Batches of each kind.")
     parser.add_argument("--threads", type=int, default=1, help="Threads of torch: a data loader has one.")
+    parser.add_argument("--headroom", type=int, default=64_000_000, help="Bytes that an epoch may take.")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        write_cache(Path(folder), args.rows, rows_per_shard=512)
-        cache = LatentCache(folder)
-        gathers = {"latent cache": cache.gather, **in_memory(cache)}
-        rng = np.random.default_rng(1)
-        batches = [rng.integers(args.rows, size=args.batch_size) for _ in range(args.rounds)]
-        for rows in batches[:10]:  # warm up, and see that all give the same
-            expected, *others = (gather(rows) for gather in gathers.values())
-            assert all(torch.equal(other[key], expected[key]) for other in others for key in expected)
-        # Rows of its own for each, or the second way to index would find those of the first in the CPU's cache.
-        turns = zip(*(batches[i * 50 :] + batches[: i * 50] for i in range(len(gathers))))
-        times = np.array([[seconds(g, r) * 1000 for g, r in zip(gathers.values(), turn)] for turn in turns])
-    medians = np.median(times, axis=0)
-    print(f"{args.batch_size} of {args.rows} rows, {args.threads} thread(s): ms a batch")
-    print("| from | median | 10 % | 90 % | cache / this |\n|---|---|---|---|---|")
-    for name, column, median in zip(gathers, times.T, medians):
-        low, high = np.quantile(column, (0.1, 0.9))
-        print(f"| {name} | {median:.2f} | {low:.2f} | {high:.2f} | {medians[0] / median:.2f} |")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.latents_dir or Path(scratch)
+        if not (folder / SPEC_FILE).is_file():
+            write_random_cache(folder, args.rows, LATENT)
+        cold, grown = cold_milliseconds(folder, args), epoch(folder, args)
+        rows = batch_rows(LatentCache(folder), args)
+    rows.append({"from": "latent cache, cold", "median, ms": cold})
+    report(args, rows, [grown])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from utils import requests
-from utils.conditions import ClassCondition, NoCondition, TextCondition, encode_text
+from utils.conditions import ClassCondition, Conditioning, NoCondition, TextCondition, encode_text
 from utils.errors import UserError
 from utils.export import load_run
 from utils.guidance import check_guidance, extrapolate, guidance_scales, guided_prediction, rescale
@@ -256,19 +256,14 @@ def label_of_dropped(label):
 
     def forward(self, values, drop):
         labels = values["class_labels"]
-        return SimpleNamespace(
-            pooled_projections=self.embedding(labels if label is None else torch.where(drop, label, labels)),
-            encoder_hidden_states=None,
-            encoder_attention_mask=None,
-        )
+        return Conditioning(self.embedding(labels if label is None else torch.where(drop, label, labels)))
 
     return forward
 
 
 def zeros_for_dropped(self, values, drop):
     conditioning = label_of_dropped(None)(self, values, drop)
-    conditioning.pooled_projections = conditioning.pooled_projections * ~drop[:, None]
-    return conditioning
+    return Conditioning(conditioning.pooled_projections * ~drop[:, None])
 
 
 @pytest.mark.parametrize(
@@ -451,6 +446,23 @@ def test_outside_the_interval_only_the_conditional_branch_runs(request, which):
     assert 0 < sum(inside) < 10
     assert [call.count for call in calls] == [4 if each else 2 for each in inside]
     assert [call.count for call in told(pipeline, **wanted, num_inference_steps=10)] == [4] * 10
+
+
+def test_conditions_are_encoded_once_whatever_the_number_of_steps(text_run):
+    """Every distinct prompt once for all images of it, and both branches once for all steps; each image has its own."""
+    pipeline = load_run(text_run)
+    told_prompts, told_branches = [], []
+    pipeline.text_encoder.register_forward_hook(lambda module, inputs, output: told_prompts.append(len(inputs[0])))
+    pipeline.conditions.register_forward_hook(lambda module, inputs, output: told_branches.append(len(inputs[1])))
+    settings = {"num_inference_steps": 3, "guidance_scale": 7.5, "output_type": "latent"}
+    prompts = ["a red square", "blue", "a red square", "blue"]
+    noise = normal(4, 4, 4, 4).float()
+    together = pipeline(prompts, latents=noise, **settings).images
+    assert (told_prompts, told_branches) == ([2], [8])
+    singly = [pipeline(prompt, latents=noise[i : i + 1], **settings).images for i, prompt in enumerate(prompts)]
+    torch.testing.assert_close(together, torch.cat(singly), rtol=1e-4, atol=1e-4)
+    other = pipeline(["blue", *prompts[1:]], latents=noise, **settings).images
+    assert not torch.equal(other[0], together[0])
 
 
 def test_a_guide_runs_inside_the_interval_only(class_run):

@@ -16,7 +16,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .conditions import encode_text
+from .conditions import Conditioning, encode_text
 from .guidance import Predict, check_guidance, guidance_scales, guided_prediction
 
 
@@ -111,11 +111,11 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 raise ValueError("this run is text-conditional: give a prompt")
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
             prompts = [text for text in prompts for _ in range(num_images)]
-            values = encode_text(self.tokenizer, self.text_encoder, prompts)
+            values = self.encode_prompts(prompts)
             if negative_prompt is None:
                 return {k: torch.cat([v, v]) for k, v in values.items()}, len(prompts)
             negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
-            null_values = encode_text(self.tokenizer, self.text_encoder, negatives)
+            null_values = self.encode_prompts(negatives)
             return {k: torch.cat([v, null_values[k]]) for k, v in values.items()}, len(prompts)
         if kind == "ClassCondition":
             if class_labels is None:
@@ -128,10 +128,21 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             return {"class_labels": torch.cat([labels, labels])}, len(labels)
         return {}, num_images
 
+    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
+        """What the text encoder makes of prompts (B,); one that comes more than once is encoded once."""
+        distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        rows = torch.tensor([distinct[prompt] for prompt in prompts])
+        encoded = encode_text(self.tokenizer, self.text_encoder, list(distinct))
+        return {name: values[rows.to(values.device)] for name, values in encoded.items()}
+
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, values: dict[str, Tensor], drop: Tensor) -> Tensor:
-        """One call of the denoiser on the first `len(noisy_latents)` of the values."""
+        """One call of the denoiser, told the condition's `values` (B, ...), or the null where `drop` (B,)."""
+        return self.predict_from(self.conditions(values, drop), noisy_latents, timesteps)
+
+    def predict_from(self, conditioning: Conditioning, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        """One call of the denoiser, told the first `len(noisy_latents)` of `conditioning`."""
         count = len(noisy_latents)
-        conditioning = self.conditions({k: v[:count] for k, v in values.items()}, drop[:count])
+        conditioning = Conditioning(*(None if each is None else each[:count] for each in conditioning))
         return self.denoiser(
             noisy_latents,
             timesteps,
@@ -191,7 +202,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
         latents = denoise(
             self.scheduler,
-            partial(self.predict, values=values, drop=drop),
+            partial(self.predict_from, self.conditions(values, drop)),  # which no step changes
             latents,
             num_inference_steps,
             guidance_scale,
