@@ -4,6 +4,8 @@ import io
 import json
 import random
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import numpy as np
@@ -14,6 +16,7 @@ from conftest import DATA, refused, run_script
 from helpers import ROOT, contents, run, snapshot, start
 from PIL import Image
 
+from utils.cache_encoding import decode_ahead
 from utils.latent_cache import LatentCache
 
 PRECOMPUTE = "precompute_latents.py"
@@ -463,3 +466,30 @@ def test_emoji_are_laid_on_white(tiny_vae, tiny_text_encoder, tmp_path):
     torch.testing.assert_close(latents, encoded(tiny_vae, images), atol=0.02, rtol=0.02)  # a level of rounding in 255
     captions = datasets.load_from_disk(str(tmp_path / "cache" / "latents"))["caption"][:]
     assert captions == [[text] for text in rows["text"]]
+
+
+# ---- reading ahead --------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_decoded_ahead_of_the_encoder_across_chunks_and_no_further():
+    """Every row once, in order, whatever thread read it; never more than `ahead` that were not asked for."""
+    started, taken, most = [], 0, 0
+
+    def reader(number, row):
+        nonlocal most
+        started.append(number)
+        most = max(most, len(started) - taken)
+        time.sleep(0.002 * (number % 3))
+        return {"row": number, "image": row["value"]}
+
+    chunks = [(index, 10 * index, [{"value": 10 * index + i} for i in range(10)]) for index in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for index, row, read in decode_ahead(iter(chunks), reader, pool, ahead=6):
+            assert (index, row["value"], read) == (taken // 10, taken, {"row": taken, "image": taken})
+            if taken == 9:  # the last row of a chunk: rows of the next one are there before it is asked for
+                time.sleep(0.05)
+                assert len(started) > 13
+            taken += 1
+    assert taken == 40
+    assert sorted(started) == list(range(40))
+    assert most <= 7

@@ -1,14 +1,14 @@
 """Rows of a dataset -> columns of the latent cache: decoding in threads, encoding by the frozen models."""
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from utils import codecs
 from utils.cache_writer import ChannelSums, caption_id
@@ -131,22 +131,26 @@ def checked_label(label: Any, row: int, columns: ImageColumns) -> int:
     return int(label)
 
 
-def read_shard(
-    rows: Iterable[dict[str, Any]],
-    first: int,
-    reader: RowReader,
-    shard: Shard,
-    pool: ThreadPoolExecutor,
-    progress: tqdm,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Columns and manifest of the shard of `rows`, the first of which is row `first`. Threads decode ahead of the
-    VAE.
+def decode_ahead(
+    chunks: Iterable[tuple[int, int, list[dict[str, Any]]]], reader: RowReader, pool: ThreadPoolExecutor, ahead: int
+) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
+    """(index of its chunk, row, what `reader` made of it) of every row, in order. `chunks` are (index, number of the
+    first row, rows). Threads have read up to `ahead` rows more than were taken, of the next chunks too: the VAE need
+    not wait for them, and memory does not grow with the size of a chunk.
     """
-    rows = list(rows)
-    for source_row, read in zip(rows, pool.map(reader, range(first, first + len(rows)), rows), strict=True):
-        shard.add(read, source_row)
-        progress.update()
-    return shard.columns_and_manifest()
+    waiting: deque[tuple[int, dict[str, Any], Future]] = deque()
+
+    def oldest():
+        index, row, read = waiting.popleft()
+        return index, row, read.result()
+
+    for index, first, rows in chunks:
+        for number, row in enumerate(rows, start=first):
+            waiting.append((index, row, pool.submit(reader, number, row)))
+            if len(waiting) > ahead:
+                yield oldest()
+    while waiting:
+        yield oldest()
 
 
 def encode_captions(tokenizer, text_encoder, texts: list[str], content: str, batch_size: int) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import logging
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from utils import codecs
-from utils.cache_encoding import LatentEncoder, RowReader, Shard, encode_captions, read_shard
+from utils.cache_encoding import LatentEncoder, RowReader, Shard, decode_ahead, encode_captions
 from utils.cache_writer import (
     ChannelSums,
     ShardFolder,
@@ -154,13 +156,25 @@ def write_latents(
     share = num_rows and -(-num_rows // world)  # each process writes about as many
     name = "latents" if world == 1 else f"latents, process 1 of {world}"
     bar = tqdm(total=share, initial=done // world, unit=" images", desc=name, disable=rank > 0)
-    with ThreadPoolExecutor(args.decode_workers) as pool, bar as progress:
-        for index, rows in source.chunks(lambda i: i % world == rank and not shards.is_done(i)):
+    wanted = source.chunks(lambda i: i % world == rank and not shards.is_done(i))
+    chunks = ((index, source.first_row(index), rows) for index, rows in wanted)
+    ahead = 2 * (args.encode_batch_size + args.decode_workers)
+    with ThreadPoolExecutor(args.decode_workers) as pool, ThreadPoolExecutor(1) as writer, bar as progress:
+        writing = None  # one shard is on its way to the disk while the next is encoded
+        for index, reads in groupby(decode_ahead(chunks, reader, pool, ahead), key=itemgetter(0)):
             shard = Shard(encoder, shape, columns)
-            shards.write(index, *read_shard(rows, source.first_row(index), reader, shard, pool, progress))
+            for _, row, read in reads:
+                shard.add(read, row)
+                progress.update()
+            encoded = shard.columns_and_manifest()
+            if writing is not None:
+                writing.result()
+            writing = writer.submit(shards.write, index, *encoded)
             num_skipped += len(shard.skipped)
             if num_rows and num_skipped > args.max_skipped_fraction * num_rows:
                 break  # nothing that follows can mend it; `check_skipped` will say so
+        if writing is not None:
+            writing.result()
     return shards
 
 
