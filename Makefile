@@ -1,6 +1,7 @@
 # Each target sets up .venv by itself; the second time that takes no time.
 #   make demo        train a small text-to-image model on handwritten digits, from nothing to judged samples
 #   make test        the test suite, without the tests marked slow (make test-slow runs those)
+#   make bench       what steps, cache, encoding, sampling and start-up cost here: tables, and JSON in runs/bench
 #   make lint        ruff and mypy; make format lets ruff repair what it can
 #   make clean       remove caches; runs/ and .venv stay
 # Another Python: make demo PYTHON=python3.12
@@ -11,10 +12,10 @@ DEMO := runs/demo
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow bench lint format clean
 
 help:
-	@sed -n '2,6s/^# *//p' Makefile
+	@sed -n '2,7s/^# *//p' Makefile
 
 # An environment that was cut short while it was made has no pip, and is made anew; so is one of an older Python.
 $(VENV)/.created:
@@ -57,6 +58,12 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -m slow
+
+BENCHMARKS := startup cache_read step against_diffusers precompute sampling
+bench: export HF_HUB_OFFLINE := 1
+bench: $(VENV)/.installed
+	@for name in $(BENCHMARKS); do \
+	  echo; $(VENV)/bin/python benchmarks/$$name.py --output runs/bench/$$name.json || exit 1; done
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

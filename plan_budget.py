@@ -137,13 +137,13 @@ def main(args: argparse.Namespace) -> None:
                     accelerator.backward(loss)
                     clock.end_stage("forward + backward")
                     if accelerator.sync_gradients:
-                        grad_norm = accelerator.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+                        grad_norm = optimization.clip_grad_norm_(accelerator, network.parameters(), args.max_grad_norm)
                         torch.isfinite(loss.detach() + grad_norm).item()  # the trainers wait for the device here too
                         optimizer.step()
                         optimizer.zero_grad()
                         clock.end_stage("optimizer")
             if ema is not None:
-                ema.step(model, len(clock.steps))
+                ema.step(len(clock.steps))
                 clock.end_stage("EMA")
         return clock.pace(micro_steps, peak_memory(device))
 

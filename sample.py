@@ -26,6 +26,7 @@ def parse_args() -> argparse.Namespace:
     crystal_args.add_crystal_request_args(parser)
     expression_args.add_expression_request_args(parser)
     sample_args.add_sampler_args(parser)
+    sample_args.add_speed_args(parser)
     parser.add_argument("--lora", default=None, help="Folder lora/ of a run that was fine-tuned from --model.")
     parser.add_argument("--output_dir", default=None, help="New or empty folder. Default: MODEL/sampled/NUMBER.")
     args = parse_with_config(parser)
@@ -66,6 +67,7 @@ def sample_images(args: argparse.Namespace, run_dir: Path) -> None:
     pipeline.scheduler = sampling.sampling_scheduler(pipeline.scheduler, args.scheduler, args.num_inference_steps)
     device = sampling.usable_device(args.device)
     pipeline.to(device)
+    sampling.speed_up(pipeline.denoiser, args.torch_compile, args.fuse_qkv_projections)
     if guide is not None:
         guide.to(device)
     pipeline.set_progress_bar_config(disable=True)
@@ -118,6 +120,7 @@ def sample_crystals(args: argparse.Namespace, run_dir: Path) -> None:
     pipeline.scheduler = sampling.sampling_scheduler(pipeline.scheduler, args.scheduler, args.num_inference_steps)
     device = sampling.usable_device(args.device)
     pipeline.to(device)
+    sampling.speed_up(pipeline.denoiser, args.torch_compile)
     if guide is not None:
         guide.to(device)
     asked = crystal_requests.requested_crystals(
@@ -184,6 +187,7 @@ def sample_cells(args: argparse.Namespace, run_dir: Path) -> None:
     pipeline.scheduler = sampling.sampling_scheduler(pipeline.scheduler, args.scheduler, args.num_inference_steps)
     device = sampling.usable_device(args.device)
     pipeline.to(device)
+    sampling.speed_up(pipeline.denoiser, args.torch_compile)
     if guide is not None:
         guide.to(device)
     asked = expression_requests.requested_cells(pipeline, run_dir, args.class_label or [], args.property or [])

@@ -174,13 +174,13 @@ def main(args: argparse.Namespace) -> None:
                 accelerator.backward(loss)
                 step_log.add(loss, **terms)
                 if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(denoiser.parameters(), args.max_grad_norm)
+                    grad_norm = optimization.clip_grad_norm_(accelerator, denoiser.parameters(), args.max_grad_norm)
                     moved = control.may_step(step_log.step_loss, grad_norm)
                     if moved or accelerator.scaler is not None:  # the scaler of fp16 skips, and must know that it did
                         optimizer.step()
                     optimizer.zero_grad()
         if ema is not None and moved:
-            ema.step(model, global_step)
+            ema.step(global_step)
         progress.update()
 
         done = global_step + 1

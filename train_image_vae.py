@@ -148,11 +148,11 @@ def main(args: argparse.Namespace) -> None:
                     terms |= {"disc_loss_real": real_loss, "disc_loss_fake": fake_loss}
                 step_log.add(loss, **terms)
                 if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(autoencoder.parameters(), args.max_grad_norm)
+                    grad_norm = optimization.clip_grad_norm_(accelerator, autoencoder.parameters(), args.max_grad_norm)
                     to_be_finite = step_log.step_loss
                     if is_adversarial:
-                        to_be_finite = to_be_finite + accelerator.clip_grad_norm_(
-                            adversary.parameters(), args.max_grad_norm
+                        to_be_finite = to_be_finite + optimization.clip_grad_norm_(
+                            accelerator, adversary.parameters(), args.max_grad_norm
                         )
                     moved = control.may_step(to_be_finite, grad_norm)
                     if moved or accelerator.scaler is not None:  # the scaler of fp16 skips, and must know that it did
@@ -165,7 +165,7 @@ def main(args: argparse.Namespace) -> None:
                         disc_optimizer.zero_grad()
                         critic.gradients.clear()
         if ema is not None and moved:
-            ema.step(model, global_step)
+            ema.step(global_step)
         progress.update()
 
         done = global_step + 1

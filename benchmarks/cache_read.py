@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import benchmark_parser, report, seconds, write_random_cache
+from common import benchmark_parser, report, seconds
+from random_data import write_random_cache
 from torch.utils.data import DataLoader
 
 from utils.draws import PositionBatches, identity

@@ -9,7 +9,6 @@ the VAE.
 """
 
 import logging
-import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -19,7 +18,8 @@ from unittest import mock
 
 import numpy as np
 import torch
-from common import alternate, benchmark_parser, median_ratio, report, save_vae, write_images
+from common import alternate, benchmark_parser, median_ratio, parsed, report
+from random_data import save_vae, write_images
 
 from utils import codecs, precompute, run
 
@@ -29,14 +29,11 @@ BLOCKS, LAYERS = (128, 256, 512, 512), 2  # of sd-vae-ft-mse
 class Precompute:
     """`precompute_latents.py` on a folder of images, into a new cache each time."""
 
-    def __init__(self, images: Path, vae: Path, resolution: int, settings: Namespace, scratch: Path):
-        import precompute_latents
-
+    def __init__(self, images: Path, vae: Path, resolution: int, args: Namespace, scratch: Path):
         flags = ["--train_data_dir", images, "--resolution", resolution, "--pretrained_vae_model_name_or_path", vae]
-        flags += ["--encode_batch_size", settings.encode_batch_size, "--mixed_precision", settings.mixed_precision]
-        flags += ["--rows_per_shard", settings.rows_per_shard, "--latents_dir", scratch]
-        with mock.patch.object(sys, "argv", ["precompute_latents.py", *map(str, flags)]):
-            self.args = precompute_latents.parse_args()
+        flags += ["--encode_batch_size", args.encode_batch_size, "--mixed_precision", args.mixed_precision]
+        flags += ["--rows_per_shard", args.rows_per_shard, "--latents_dir", scratch]
+        _, self.args = parsed("precompute_latents", flags)
         self.accelerator = run.make_accelerator(self.args)
         self.scratch = scratch
         self.seconds: list[float] = []  # of writing latents, for each cache that was made
@@ -54,35 +51,36 @@ class Precompute:
             precompute.build_latent_cache(self.args, self.accelerator, self.scratch / str(len(self.seconds)))
 
 
-def vae_alone(name: Path, resolution: int, settings: Namespace, precompute_: Precompute) -> Any:
+def vae_alone(name: Path, resolution: int, args: Namespace, precompute_: Precompute) -> Any:
     """The encoding of as many images, a batch at a time; every batch is the same one."""
     device = precompute_.accelerator.device
     vae = codecs.load_vae(str(name)).to(device)
-    size = settings.encode_batch_size
+    size = args.encode_batch_size
     batch = torch.rand(size, 3, resolution, resolution, device=device) * 2 - 1
+    batch = batch.contiguous(memory_format=torch.channels_last)  # as pictures lie in memory; 10 % faster on a CPU
 
     def encode() -> None:
-        for first in range(0, settings.num_images, size):
+        for first in range(0, args.num_images, size):
             with precompute_.accelerator.autocast():
-                mean, std = codecs.encode(vae, batch[: min(size, settings.num_images - first)])
+                mean, std = codecs.encode(vae, batch[: min(size, args.num_images - first)])
             mean.cpu(), std.cpu()
 
     return encode
 
 
-def measure(resolution: int, settings: Namespace) -> dict[str, Any]:
+def measure(resolution: int, args: Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         vae = save_vae(folder / "vae", BLOCKS, LAYERS)
-        write_images(folder / "images", settings.num_images, resolution)
-        cache = Precompute(folder / "images", vae, resolution, settings, folder / "caches")
-        times = alternate({"cache": cache, "vae": vae_alone(vae, resolution, settings, cache)}, settings.rounds)
+        write_images(folder / "images", args.num_images, resolution)
+        cache = Precompute(folder / "images", vae, resolution, args, folder / "caches")
+        times = alternate({"cache": cache, "vae": vae_alone(vae, resolution, args, cache)}, args.rounds)
         written = cache.seconds[1:]  # the first warms up
     return {
         "resolution": resolution,
-        "precision": settings.mixed_precision,
-        "VAE alone, images/s": settings.num_images / float(np.median(times["vae"])),
-        "precompute, images/s": settings.num_images / float(np.median(written)),
+        "precision": args.mixed_precision,
+        "VAE alone, images/s": args.num_images / float(np.median(times["vae"])),
+        "precompute, images/s": args.num_images / float(np.median(written)),
         "of the VAE's rate": median_ratio(times["vae"], written),
     }
 

@@ -20,30 +20,20 @@ from unittest import mock
 
 import numpy as np
 import torch
-from common import (
-    ROOT,
-    alternate,
-    benchmark_parser,
-    median_ratio,
-    report,
-    run_python,
-    save_text_encoder,
-    save_vae,
-    seconds,
-    write_random_cache,
-)
+from common import ROOT, alternate, benchmark_parser, median_ratio, report, run_python, seconds
 from PIL import Image
+from random_data import save_text_encoder, save_vae, write_random_cache
 
 from utils import requests, sampling
 from utils.export import load_run
 
 Call = Callable[[], Any]
-# 16M and 11M parameters.
-CONFIGS = {"unet": {"block_out_channels": [96, 192, 192]}, "dit": {"num_layers": 4}}
+# 12M and 11M parameters.
+CONFIGS = {"unet": {"block_out_channels": [96, 160, 160]}, "dit": {"num_layers": 4}}
 
 
 def make_run(folder: Path, model: str) -> Path:
-    """A run of random weights: 16M parameters or so, latents of 4 x 16 x 16."""
+    """A run of random weights: 12M parameters or so, latents of 4 x 16 x 16."""
     vae = save_vae(folder / "vae", (16, 32, 32, 32), 1)
     text_encoder = save_text_encoder(folder / "text", num_layers=2)
     write_random_cache(folder / "cache", 8, (4, 16, 16), vae=vae, text_encoder=text_encoder)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import ROOT, benchmark_parser, report, save_text_encoder, save_vae, seconds, write_random_cache
+from common import ROOT, benchmark_parser, report, seconds
+from random_data import save_text_encoder, save_vae, write_random_cache
 
 SCRIPTS = ("train_text_to_image_ldm.py", "train_class_cond_ldm.py", "precompute_latents.py", "sample.py")
 IMPORTS = {  # each row imports what the rows above it import, and more

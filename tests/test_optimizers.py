@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from conftest import refused
 from helpers import SignalAt, run, start
 from test_resume import LATEST, assert_identical, trained
@@ -21,7 +21,7 @@ from utils.models.denoiser import ConditionalDenoiser
 from utils.models.dit import DiT
 from utils.models.image_vae import TrainableVAE, build_vae
 from utils.models.unet import build_unet, unet_config
-from utils.optimization import OPTIMIZERS, hidden_matrices, make_optimizer, set_learning_rate
+from utils.optimization import OPTIMIZERS, clip_grad_norm_, hidden_matrices, make_optimizer, set_learning_rate
 from utils.parsing import parse_with_config
 
 CLASS = "train_class_cond_ldm.py"
@@ -314,3 +314,49 @@ def test_identity_names_the_optimizer():
     args = parsed("--use_8bit_adam")
     args.train_batch_size = args.gradient_accumulation_steps = 1
     assert identity_of(args, nn.Linear(1, 1), "data", accelerator)["optimizer"] == "adamw_8bit"
+
+
+# ---- clipping
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, "the norm", 1e3])
+def test_clipping_is_accelerates_to_the_bit(max_norm):
+    """Above, at and below the norm; the norm is returned either way."""
+    torch.manual_seed(0)
+    ours, theirs = ([nn.Parameter(torch.zeros(size)) for size in (3, 50, 1000)] for _ in range(2))
+    unused = nn.Parameter(torch.zeros(4))
+    for mine, other in zip(ours, theirs, strict=True):
+        mine.grad = torch.randn_like(mine)
+        other.grad = mine.grad.clone()
+    before = [mine.grad.clone() for mine in ours]
+    accelerator = Accelerator(cpu=True)
+    limit = float(torch.cat(before).norm()) if max_norm == "the norm" else max_norm
+    norm = clip_grad_norm_(accelerator, iter([*ours, unused]), limit)
+    assert torch.equal(norm, accelerator.clip_grad_norm_(theirs, limit))
+    assert all(torch.equal(mine.grad, other.grad) for mine, other in zip(ours, theirs, strict=True))
+    assert all(torch.equal(mine.grad, was) for mine, was in zip(ours, before)) == (max_norm == 1e3)
+
+
+def test_gradients_within_the_norm_are_not_touched(monkeypatch):
+    """Which is what it is for: nothing passes over them again."""
+    parameter = nn.Parameter(torch.zeros(8))
+    parameter.grad = torch.ones(8)
+    monkeypatch.setattr(nn.utils, "clip_grads_with_norm_", lambda *_: pytest.fail("gradients were scaled by 1"))
+    assert clip_grad_norm_(Accelerator(cpu=True), [parameter], 10.0) == 8**0.5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_norm_that_is_not_finite_is_said(value):
+    """Whatever happens to the gradients: the step will not be taken."""
+    parameter = nn.Parameter(torch.zeros(8))
+    parameter.grad = torch.full((8,), value)
+    assert not clip_grad_norm_(Accelerator(cpu=True), [parameter], 1.0).isfinite()
+
+
+def test_divided_gradients_are_clipped_by_accelerate():
+    """Pieces of gradients, and those that an engine holds, have norms that only Accelerate knows."""
+    for kind in ("FSDP", "DEEPSPEED", "XLA"):
+        accelerator = SimpleNamespace(
+            distributed_type=DistributedType(kind), clip_grad_norm_=lambda parameters, limit: (parameters, limit)
+        )
+        assert clip_grad_norm_(accelerator, ["weights"], 2.0) == (["weights"], 2.0)

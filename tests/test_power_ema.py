@@ -98,7 +98,7 @@ def trajectory(tmp_path):
             for parameter in model.parameters():
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator) + 0.01
         history.append(model.weight.detach().double().clone())
-        ema.step(model, step)
+        ema.step(step)
         if (step + 1) % 25 == 0:
             ema.save_snapshots(Accelerator(), tmp_path, step + 1)
     return tmp_path, torch.stack(history), ema

@@ -444,7 +444,7 @@ def test_an_average_made_of_snapshots(sample, runs):
     ema, accelerator = EMA(model, 0.9, (0.05, 0.1)), Accelerator(cpu=True)
     for step in range(8):
         randomise(model, step)
-        ema.step(model, step)
+        ema.step(step)
         ema.save_snapshots(accelerator, runs / "averaged", step + 1)
     found = sample("averaged", num_samples=2, ema_sigma_rel=0.1)
     make_run(runs / "expected", {})

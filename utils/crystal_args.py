@@ -164,7 +164,9 @@ def add_crystal_samples_args(parser: ArgumentParser) -> None:
 
 # Flags of sample.py that belong to one kind of run.
 OF_CRYSTALS = ("num_samples", "num_atoms", "composition", "clamp_composition", "chemical_system", "property")
-OF_IMAGES = ("prompt", "prompts_file", "negative_prompt", "class_labels", "num_images_per_prompt")
+OF_IMAGES = (
+    *("prompt", "prompts_file", "negative_prompt", "class_labels", "num_images_per_prompt", "fuse_qkv_projections"),
+)
 
 
 def add_crystal_request_args(parser: ArgumentParser) -> None:

@@ -49,13 +49,14 @@ class EMA:
         self.sigma_rels = tuple(sigma_rels)
         self.decays = [warmed_up(decay), *map(power_function, self.sigma_rels)]
         self.files = [EMA_FILE, *(f"ema_sigma_rel_{each:g}.safetensors" for each in self.sigma_rels)]
+        self.weights = [parameter for _, parameter in moving(model)]  # to list them takes as long as to average them
         self.shadows = [{name: tensor.detach().clone().float() for name, tensor in moving(model)} for _ in self.decays]
         self.shadow = self.shadows[0]
 
     @torch.no_grad()
-    def step(self, model: nn.Module, global_step: int) -> None:
+    def step(self, global_step: int) -> None:
         """Moves the averages towards the weights that optimizer step `global_step` (counted from 0) left."""
-        weights = [parameter.detach().float() for _, parameter in moving(model)]
+        weights = [parameter.float() for parameter in self.weights]
         for shadow, decay in zip(self.shadows, self.decays, strict=True):
             torch._foreach_lerp_(list(shadow.values()), weights, 1 - decay(global_step))
 

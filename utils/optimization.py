@@ -1,11 +1,12 @@
 """Optimizers and the learning rate, which is a pure function of the step."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from accelerate import Accelerator, DistributedType
+from torch import Tensor, nn
 
 from utils.errors import UserError
 
@@ -160,6 +161,25 @@ def make_optimizer(
     `weight_decay`.
     """
     return OPTIMIZERS[name](model, own, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon)
+
+
+# Their gradients lie in pieces, or with an engine; Accelerate knows how to clip those.
+DIVIDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.XLA)
+
+
+def clip_grad_norm_(accelerator: Accelerator, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor | None:
+    """The norm of all gradients together, which are scaled down to `max_norm` where it is larger; None where an engine
+    keeps it to itself. To the bit what `accelerator.clip_grad_norm_` does, which however multiplies gradients that are
+    small enough by 1, and that takes 1 % of a step of a small model.
+    """
+    if accelerator.distributed_type in DIVIDED:
+        return accelerator.clip_grad_norm_(parameters, max_norm)
+    accelerator.unscale_gradients()  # of fp16
+    parameters = list(parameters)
+    norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+    if norm + 1e-6 > max_norm:  # torch scales by max_norm / (norm + 1e-6)
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
 
 
 def enable_xformers(model: nn.Module, device: torch.device) -> None:

@@ -1,6 +1,6 @@
 """Arguments of sampling, for `sample.py` and for whatever else samples a run. Imports no torch."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from pathlib import Path
 
 from utils.errors import UserError
@@ -66,6 +66,23 @@ def add_sampler_args(parser: ArgumentParser) -> None:
     )
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Autocast.")
     group.add_argument("--device", default=None, help="cuda, cpu, ... Default: cuda where there is one.")
+
+
+def add_speed_args(parser: ArgumentParser) -> None:
+    """What makes the model's calls faster; docs/performance.md says by how much, and what it does to images."""
+    group = parser.add_argument_group("speed")
+    group.add_argument(
+        "--torch_compile",
+        action=BooleanOptionalAction,
+        default=False,
+        help="Compile the denoiser: the first batch takes a minute longer, the others less.",
+    )
+    group.add_argument(
+        "--fuse_qkv_projections",
+        action=BooleanOptionalAction,
+        default=False,
+        help="Of a U-Net: queries, keys and values by one product of matrices. Changes rounding only.",
+    )
 
 
 def check_request_args(args: Namespace) -> None:
