@@ -64,10 +64,10 @@ bench: export HF_HUB_OFFLINE := 1
 bench: $(VENV)/.installed
 	$(VENV)/bin/python benchmarks/startup.py --rounds 1 --output runs/bench/startup.json
 	$(VENV)/bin/python benchmarks/cache_read.py --output runs/bench/cache_read.json
-	$(VENV)/bin/python benchmarks/step.py --block 6 --rounds 3 --output runs/bench/step.json
+	$(VENV)/bin/python benchmarks/step.py --block 5 --rounds 3 --output runs/bench/step.json
 	$(VENV)/bin/python benchmarks/against_diffusers.py --rounds 3 --output runs/bench/against_diffusers.json
 	$(VENV)/bin/python benchmarks/precompute.py --resolutions 64 --rounds 2 --output runs/bench/precompute.json
-	$(VENV)/bin/python benchmarks/sampling.py --no_speed_ups --output runs/bench/sampling.json
+	$(VENV)/bin/python benchmarks/sampling.py --no_speed_ups --rounds 2 --output runs/bench/sampling.json
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
