@@ -87,7 +87,7 @@ def usable_device(name: str | None) -> torch.device:
     return device
 
 
-def speed_up(denoiser: torch.nn.Module, torch_compile: bool, fuse_qkv_projections: bool = False) -> None:
+def speed_up(denoiser: Any, torch_compile: bool, fuse_qkv_projections: bool = False) -> None:
     """Makes a denoiser's calls faster, in place. Raises UserError for one that has no projections to fuse."""
     if fuse_qkv_projections:
         if not hasattr(denoiser, "fuse_qkv_projections"):
