@@ -7,6 +7,11 @@ import random
 import re
 import shutil
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +25,7 @@ from helpers import SignalAt, contents, run, scalars, snapshot, start
 from safetensors.torch import load_file, save_file
 
 from utils.column_cache import category_name, category_numbers
+from utils.column_precompute import found_or_made
 from utils.crystal_codec import load_crystal_vae
 from utils.crystal_export import load_crystal_run
 from utils.data_crystals import load_crystals
@@ -386,6 +392,27 @@ def test_killed_and_started_again(cache_flags, caches, tmp_path):
 def test_two_processes_make_the_cache_of_one(cache_flags, caches, tmp_path):
     run(CACHE, *cache_flags, "--latents_dir", tmp_path / "cache", processes=2)
     assert contents(tmp_path / "cache") == contents(caches["train"])
+
+
+def test_a_process_that_comes_late_does_not_leave_the_others_waiting(caches, tmp_path):
+    """Process 1 looks for the cache when process 0 could have finished it: both meet as often, and both are given it."""
+    spec = LatentSpec.read(caches["train"])
+    barrier = threading.Barrier(2)
+    meetings = {0: 0, 1: 0}
+
+    def build(rank):
+        def meet():
+            meetings[rank] += 1
+            barrier.wait(timeout=10)
+
+        time.sleep(rank * 0.3)
+        process = SimpleNamespace(is_main_process=rank == 0, wait_for_everyone=meet)
+        copy = partial(shutil.copytree, caches["train"], tmp_path / "cache", dirs_exist_ok=True)
+        return found_or_made(process, tmp_path / "cache", spec.fingerprint, 16, copy)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(build, range(2))) == [spec, spec]
+    assert meetings[0] == meetings[1] > 0
 
 
 # ---- columns as conditions -------------------------------------------------------------------------------------------

@@ -129,7 +129,10 @@ class GaussianPipeline(LatentDiffusionPipeline):
     def maybe_free_model_hooks(self):
         pass
 
-    def predict(self, noisy_latents, timesteps, values, drop):
+    def conditions(self, values, drop):
+        return None
+
+    def predict_from(self, conditioning, noisy_latents, timesteps):
         assert (timesteps == timesteps[0]).all()
         alpha, sigma = scales(self.objective, timesteps[0])
         x0, noise = posterior(noisy_latents.double().flatten(1), alpha, sigma)

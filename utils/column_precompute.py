@@ -24,7 +24,9 @@ def found_or_made(
     """The spec of the cache with this `fingerprint`, finished or made now by `write`, which the main process calls.
     Raises UserError for a folder with another cache or something else in it.
     """
-    if (cache_dir / SPEC_FILE).is_file():
+    is_finished = (cache_dir / SPEC_FILE).is_file()
+    accelerator.wait_for_everyone()  # all have looked before one writes: what they find, they find alike
+    if is_finished:
         spec = LatentSpec.read(cache_dir)
         check_fingerprint(spec.fingerprint, fingerprint, cache_dir)
         return spec
