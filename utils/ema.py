@@ -49,7 +49,7 @@ class EMA:
         self.sigma_rels = tuple(sigma_rels)
         self.decays = [warmed_up(decay), *map(power_function, self.sigma_rels)]
         self.files = [EMA_FILE, *(f"ema_sigma_rel_{each:g}.safetensors" for each in self.sigma_rels)]
-        self.weights = [parameter for _, parameter in moving(model)]  # to list them anew takes half as long as averaging
+        self.weights = [parameter for _, parameter in moving(model)]  # once: it takes half as long as averaging
         self.shadows = [{name: tensor.detach().clone().float() for name, tensor in moving(model)} for _ in self.decays]
         self.shadow = self.shadows[0]
 
