@@ -13,7 +13,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -56,10 +55,10 @@ def run_script(script: str, log: Path, *flags: Any) -> None:
         subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, check=True)
 
 
-def train_and_judge(job: tuple[str, int], args: Namespace, scratch: Path) -> dict[str, Any]:
+def train_and_judge(job: tuple[str, int], args: Namespace) -> dict[str, Any]:
     """The figures of one training."""
     recipe, seed = job
-    folder = scratch / f"{list(RECIPES).index(recipe)}-{seed}"
+    folder = args.output_dir / f"{list(RECIPES).index(recipe)}-{seed}"
     folder.mkdir()
     flags = [f"--{name}={value}" for name, value in BASE.items()]
     flags += [f"--model_config={args.model_config}", f"--latents_dir={args.latents_dir}", f"--seed={seed}"]
@@ -95,11 +94,13 @@ def main() -> None:
     parser.add_argument("--num_samples", type=int, default=1000, help="That are judged.")
     parser.add_argument("--num_reference", type=int, default=10_000, help="Real images.")
     parser.add_argument("--guidance_scale", type=float, default=2.0, help="Of all recipes.")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/time_to_quality"), help="New: runs and logs.")
     parser.add_argument("--jobs", type=int, default=1, help="Trainings at once.")
     args = parser.parse_args()
     jobs = [(recipe, seed) for seed in args.seeds for recipe in args.recipes]
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(args.jobs) as pool:
-        done = list(pool.map(partial(train_and_judge, args=args, scratch=Path(scratch)), jobs))
+    args.output_dir.mkdir(parents=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        done = list(pool.map(partial(train_and_judge, args=args), jobs))
     figures = [name for name in done[0] if name not in ("recipe", "seed")]
     means = []
     for recipe in args.recipes:
