@@ -129,11 +129,11 @@ def with_channels_last(sampler: Sampler) -> None:
 
 
 def with_compile(sampler: Sampler) -> None:
-    sampler.pipeline.denoiser.compile()
+    sampling.speed_up(sampler.pipeline.denoiser, torch_compile=True)
 
 
 def with_fused_qkv(sampler: Sampler) -> None:
-    sampler.pipeline.denoiser.fuse_qkv_projections()
+    sampling.speed_up(sampler.pipeline.denoiser, torch_compile=False, fuse_qkv_projections=True)
 
 
 def with_few_steps(sampler: Sampler) -> None:

@@ -246,3 +246,38 @@ def scalars(run_dir: Path, tag: str) -> dict[int, float]:
         if tag in events.Tags()["scalars"]:
             values |= {event.step: event.value for event in events.Scalars(tag)}
     return dict(sorted(values.items()))
+
+
+def checkpoint_tensors(run_dir: Path, step: int) -> dict[str, Any]:
+    """Every tensor of a checkpoint: weights, averages and the states of optimizers."""
+    import torch
+    from safetensors.torch import load_file
+
+    found = {}
+    for path in sorted((run_dir / f"checkpoint-{step}").iterdir()):
+        if path.suffix == ".safetensors":
+            found |= {f"{path.name}/{name}": tensor for name, tensor in load_file(path).items()}
+        elif path.name.startswith("optimizer"):
+            states = torch.load(path, weights_only=True)["state"]
+            found |= {f"{path.name}/{i}/{k}": v for i, state in states.items() for k, v in state.items()}
+    return found
+
+
+def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """Names of the tensors that are not the same to the bit; both sides must have the same names."""
+    import torch
+
+    assert first.keys() == second.keys()
+    return [name for name in first if not torch.equal(first[name], second[name])]
+
+
+def with_random_weights(model: Any, seed: int = 0) -> Any:
+    """A model whose weights are all something: what is initialised to zero would hide faults."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1 or not parameter.any():
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.configuration_utils import register_to_config
+from helpers import with_random_weights
 from torch import Tensor, nn
 
 import utils.column_sampling
@@ -51,16 +52,6 @@ def crystals() -> list[Crystal]:
 
 def batch_of(chosen: list[Crystal], size: int) -> dict[str, Tensor]:
     return crystal_batch(make_table(chosen, max_atoms=size), np.arange(len(chosen)))
-
-
-def with_random_weights(model: nn.Module, seed: int = 0) -> nn.Module:
-    """What is initialised to zero would hide faults."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1 or not parameter.any():
-                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from conftest import DIT_CONFIG, ROOT, refused
-from helpers import SignalAt, contents, run, scalars, snapshot, start
+from helpers import SignalAt, checkpoint_tensors, contents, differing, run, scalars, snapshot, start
 from safetensors.torch import load_file, save_file
 
 from utils.column_cache import category_name, category_numbers
@@ -156,23 +156,6 @@ def unconditional(ldm_flags, tmp_path_factory):
     return folder
 
 
-def checkpoint(folder, step):
-    """Every tensor of a checkpoint: weights, average and optimizer state."""
-    found = {}
-    for path in sorted((folder / f"checkpoint-{step}").iterdir()):
-        if path.suffix == ".safetensors":
-            found |= {f"{path.name}/{name}": tensor for name, tensor in load_file(path).items()}
-        elif path.name.startswith("optimizer"):
-            states = torch.load(path, weights_only=True)["state"]
-            found |= {f"{path.name}/{i}/{k}": v for i, state in states.items() for k, v in state.items()}
-    return found
-
-
-def differing(first, second):
-    assert first.keys() == second.keys()
-    return [name for name in first if not torch.equal(first[name], second[name])]
-
-
 def sampled(folder, values, **settings):
     pipeline = load_crystal_run(folder)
     num_atoms = torch.tensor([5, 8])
@@ -246,9 +229,9 @@ def test_killed_and_resumed_autoencoder_is_bit_identical(dataset, vae_run, tmp_p
         assert not (tmp_path / "run" / "vae").exists()
     assert "going on from" in run(VAE, *flags).stderr
     for step in (4, 6):
-        found = checkpoint(tmp_path / "run", step)
+        found = checkpoint_tensors(tmp_path / "run", step)
         assert len(found) > 200
-        assert differing(found, checkpoint(vae_run, step)) == []
+        assert differing(found, checkpoint_tensors(vae_run, step)) == []
     assert contents(tmp_path / "run" / "vae") == contents(vae_run / "vae")  # what was measured too
     assert scalars(tmp_path / "run", "train/loss") == scalars(vae_run, "train/loss")
 
@@ -536,7 +519,7 @@ def encoder_tensors(folder, step):
     prefix = "model.safetensors/conditions."
     return {
         name.removeprefix(prefix): tensor
-        for name, tensor in checkpoint(folder, step).items()
+        for name, tensor in checkpoint_tensors(folder, step).items()
         if name.startswith(prefix)
     }
 
@@ -591,9 +574,9 @@ def test_killed_and_resumed_denoiser_is_bit_identical(ldm_flags, evaluated, cond
         assert running.wait_for_kill(), (function, running.wait().stderr)
         assert not (folder / "model_index.json").exists()
     assert "going on from" in run(LDM, *flags).stderr
-    found = checkpoint(folder, 8)
+    found = checkpoint_tensors(folder, 8)
     assert len(found) > 50
-    assert differing(found, checkpoint(expected, 8)) == []
+    assert differing(found, checkpoint_tensors(expected, 8)) == []
     ours, theirs = contents(folder), contents(expected)
     same = [
         name
@@ -638,7 +621,7 @@ def test_adapters_of_an_unconditional_run_learn_a_condition(ldm_flags, unconditi
     before = snapshot(unconditional)
     run(LDM, *flags, "--eval_steps", 4, "--num_validation_samples", 6, "--output_dir", tmp_path / "run")
     assert snapshot(unconditional) == before
-    weights = checkpoint(tmp_path / "run", 8)
+    weights = checkpoint_tensors(tmp_path / "run", 8)
     base = load_crystal_run(unconditional).denoiser.model.state_dict()
     frozen = {name.removeprefix("model.safetensors/model."): tensor for name, tensor in weights.items()
               if name.startswith("model.safetensors/model.") and "lora_" not in name and "pooled" not in name}  # fmt: skip

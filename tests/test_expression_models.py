@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers import with_random_weights
 from scipy.sparse import csr_matrix
 from scipy.stats import chisquare, nbinom, norm
 from torch import Tensor, nn
@@ -613,16 +614,6 @@ def plain_dit(**settings) -> DiT:
 
 DENOISERS = {"mlp": mlp, "dit": dit, "plain dit": plain_dit}
 TIMESTEPS = torch.tensor([3, 400, 990, 700])
-
-
-def with_random_weights(model: nn.Module, seed: int = 0) -> nn.Module:
-    """What is initialised to zero would hide faults."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1 or not parameter.any():
-                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
 
 
 def predict(model, sample, timesteps=TIMESTEPS, pooled=None):

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import DIT_CONFIG, refused
-from helpers import SignalAt, contents, run, scalars, snapshot, start
+from helpers import SignalAt, checkpoint_tensors, contents, differing, run, scalars, snapshot, start
 from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 
@@ -193,23 +193,6 @@ def without(flags, *names):
     return [each for i, each in enumerate(flags) if each not in names and flags[i - 1] not in names]
 
 
-def checkpoint(folder, step):
-    """Every tensor of a checkpoint: weights, average and optimizer state."""
-    found = {}
-    for path in sorted((folder / f"checkpoint-{step}").iterdir()):
-        if path.suffix == ".safetensors":
-            found |= {f"{path.name}/{name}": tensor for name, tensor in load_file(path).items()}
-        elif path.name.startswith("optimizer"):
-            states = torch.load(path, weights_only=True)["state"]
-            found |= {f"{path.name}/{i}/{k}": v for i, state in states.items() for k, v in state.items()}
-    return found
-
-
-def differing(first, second):
-    assert first.keys() == second.keys()
-    return [name for name in first if not torch.equal(first[name], second[name])]
-
-
 def table_of(data, vae, split: str):
     """The cells of a split, as the autoencoder saw them."""
     source, config = open_cells(str(data.few)), vae.config
@@ -287,9 +270,9 @@ def test_killed_and_resumed_autoencoder_is_bit_identical(data, vae_run, tmp_path
         assert not (tmp_path / "run" / "vae").exists()
     assert "going on from" in run(VAE, *flags).stderr
     for step in (4, 6):
-        found = checkpoint(tmp_path / "run", step)
+        found = checkpoint_tensors(tmp_path / "run", step)
         assert len(found) > 60
-        assert differing(found, checkpoint(vae_run, step)) == []
+        assert differing(found, checkpoint_tensors(vae_run, step)) == []
     ours, theirs = contents(tmp_path / "run"), contents(vae_run)
     same = [name for name in theirs if name.startswith(("vae/", "best.", "cells.parquet"))]
     assert len(same) == 7
@@ -450,9 +433,9 @@ def check_killed(flags, expected, folder, seed):
         assert running.wait_for_kill(), (function, running.wait().stderr)
         assert not (folder / "model_index.json").exists()
     assert "going on from" in run(LDM, *flags).stderr
-    found = checkpoint(folder, 8)
+    found = checkpoint_tensors(folder, 8)
     assert len(found) > 50
-    assert differing(found, checkpoint(expected, 8)) == []
+    assert differing(found, checkpoint_tensors(expected, 8)) == []
     ours, theirs = contents(folder), contents(expected)
     ends = (".safetensors", ".bin", ".json", ".parquet", "README.md")
     same = [name for name in theirs if name.endswith(ends) and not name.endswith(("elapsed.json", "manifest.json"))]
@@ -484,7 +467,7 @@ def test_other_objectives(ldm_flags, models, tmp_path, kind, sample):
 def encoder_tensors(folder, step):
     """Weights of the encoders of a run's conditions."""
     prefix = "model.safetensors/conditions."
-    found = checkpoint(folder, step)
+    found = checkpoint_tensors(folder, step)
     return {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
 
 
@@ -811,7 +794,7 @@ def test_adapters_of_an_unconditional_run_learn_a_condition(sample, ldm_flags, u
     before = snapshot(unconditional)
     run(LDM, *flags, "--output_dir", tmp_path / "run")
     assert snapshot(unconditional) == before
-    weights = checkpoint(tmp_path / "run", 8)
+    weights = checkpoint_tensors(tmp_path / "run", 8)
     base = load_expression_run(unconditional).denoiser.model.state_dict()
     frozen = {name.removeprefix("model.safetensors/model."): tensor for name, tensor in weights.items()
               if name.startswith("model.safetensors/model.") and "lora_" not in name and "pooled" not in name}  # fmt: skip

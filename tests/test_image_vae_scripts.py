@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import refused
-from helpers import NotFinite, SignalAt, contents, run, scalars, start
+from helpers import NotFinite, SignalAt, checkpoint_tensors, contents, differing, run, scalars, start
 from PIL import Image
-from safetensors.torch import load_file
 
 SCRIPT = "train_image_vae.py"
 LATEST = ["--resume_from_checkpoint", "latest"]
@@ -26,23 +25,6 @@ DISC = ["--disc_start", 1, "--disc_num_layers", 2, "--disc_channels", 8]
 def flags(image_folder):
     """Without the folder, the steps and the batch."""
     return ["--train_data_dir", image_folder, *TRAIN]
-
-
-def checkpoint(folder, step):
-    """Every tensor of a checkpoint: weights, average and optimizer state of autoencoder and discriminator."""
-    found = {}
-    for path in sorted((folder / f"checkpoint-{step}").iterdir()):
-        if path.suffix == ".safetensors":
-            found |= {f"{path.name}/{name}": tensor for name, tensor in load_file(path).items()}
-        elif path.name.startswith("optimizer"):
-            states = torch.load(path, weights_only=True)["state"]
-            found |= {f"{path.name}/{i}/{k}": v for i, state in states.items() for k, v in state.items()}
-    return found
-
-
-def differing(first, second):
-    assert first.keys() == second.keys()
-    return [name for name in first if not torch.equal(first[name], second[name])]
 
 
 # ---- everything on
@@ -185,9 +167,9 @@ def test_killed_and_resumed_with_a_discriminator_is_bit_identical(flags, tmp_pat
         assert running.wait_for_kill(), running.wait().stderr
     result = run(SCRIPT, *flags, "--output_dir", folder, *LATEST, processes=processes)
     assert "going on from" in result.stderr
-    found = checkpoint(folder, 8)
+    found = checkpoint_tensors(folder, 8)
     assert {name.partition("/")[0] for name in found} >= {"model_1.safetensors", "optimizer_1.bin"}
-    assert differing(found, checkpoint(tmp_path / "whole", 8)) == []
+    assert differing(found, checkpoint_tensors(tmp_path / "whole", 8)) == []
     assert found["model_1.safetensors/adaptive_weight"] > 0
     assert contents(folder / "vae") == contents(tmp_path / "whole" / "vae")
 
@@ -227,7 +209,7 @@ def test_processes_and_micro_batches_are_one_batch(flags, one_batch, tmp_path, p
         SCRIPT, *flags, *DISC, *CUT, "--train_batch_size", batch_size, "--gradient_accumulation_steps", micro_steps,
         "--output_dir", tmp_path / "run", processes=processes,
     )  # fmt: skip
-    ours, theirs = checkpoint(tmp_path / "run", 4), checkpoint(one_batch, 4)
+    ours, theirs = checkpoint_tensors(tmp_path / "run", 4), checkpoint_tensors(one_batch, 4)
     weights = [name for name in ours if name.startswith("model") and "adaptive" not in name]
     assert len(weights) > 100
     worst = max((ours[name] - theirs[name]).abs().max().item() for name in weights)
@@ -248,7 +230,7 @@ def test_a_step_that_is_not_finite_moves_neither(flags, tmp_path, function, coun
     """In the third step, which is the second with a discriminator; that one is called twice a step."""
     flags = [*flags, *DISC, "--checkpointing_steps", 1, "--checkpoints_total_limit", 9, "--train_batch_size", 2]
     run(SCRIPT, *flags, "--max_train_steps", 4, "--output_dir", tmp_path / "run", fault=NotFinite(function, count))
-    before, after, later = (checkpoint(tmp_path / "run", step) for step in (2, 3, 4))
+    before, after, later = (checkpoint_tensors(tmp_path / "run", step) for step in (2, 3, 4))
     assert differing(before, after) == []
     assert len(differing(after, later)) > 100
     assert scalars(tmp_path / "run", "train/skipped_steps")[3] == 1
@@ -261,7 +243,8 @@ def test_the_discriminator_learns_from_its_own_loss_alone(flags, tmp_path):
     for weight in (0.5, 1.0):
         run(SCRIPT, *flags, "--disc_weight", weight, "--output_dir", tmp_path / str(weight))
     after_two, after_three = (
-        differing(checkpoint(tmp_path / "0.5", step), checkpoint(tmp_path / "1.0", step)) for step in (2, 3)
+        differing(checkpoint_tensors(tmp_path / "0.5", step), checkpoint_tensors(tmp_path / "1.0", step))
+        for step in (2, 3)
     )
     assert after_two == []
     assert len([name for name in after_three if name.startswith("model.")]) > 50

@@ -7,9 +7,12 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT, TRAIN_FLAGS, refused, run_script
+from diffusers.models.attention_processor import Attention
 from PIL import Image
 
+from utils.export import load_run
 from utils.latent_cache import LatentCache
+from utils.sampling import speed_up
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,19 @@ def test_fused_projections_give_the_same_samples(text_run, tmp_path):
     plain = sampled(text_run, tmp_path / "plain", "--prompt", "a red square")
     fused = sampled(text_run, tmp_path / "fused", "--prompt", "a red square", "--fuse_qkv_projections")
     assert np.abs(plain - fused).max() <= 1
+
+
+def test_what_is_asked_for_is_done(text_run):
+    """A flag that did nothing would change no image either."""
+    unet = load_run(text_run).denoiser
+    speed_up(unet, torch_compile=False)
+    attentions = [module for module in unet.modules() if isinstance(module, Attention)]
+    assert attentions
+    assert not any(module.fused_projections for module in attentions)
+    assert unet._compiled_call_impl is None
+    speed_up(unet, torch_compile=True, fuse_qkv_projections=True)
+    assert all(module.fused_projections for module in attentions)
+    assert unet._compiled_call_impl is not None
 
 
 def test_projections_that_cannot_be_fused_are_refused(class_run, tmp_path):

@@ -15,7 +15,7 @@ from utils.errors import UserError
 from utils.export import find_run, load_denoiser
 from utils.latent_cache import LatentCache, LatentSpec
 from utils.lora import add_lora, start_from
-from utils.models.denoiser import ConditionalDenoiser, num_tokens
+from utils.models.denoiser import ConditionalDenoiser, num_tokens, own_config
 from utils.models.dit import AFTER_ROUTE, BEFORE_ROUTE, DIT_SIZES, DiT
 from utils.models.unet import UNET_PRESETS, build_unet, unet_config
 from utils.objectives import OBJECTIVES, Objective, training_scheduler
@@ -110,7 +110,7 @@ def check_latents(base: ConditionalDenoiser, run_dir: Path, spec: LatentSpec) ->
 
 def config_from(base: ConditionalDenoiser, size: int, text_dim: int | None, condition: str) -> dict[str, Any]:
     """Arguments of the base's model for latents of `size`, with what the condition needs where the base has none."""
-    config = {name: value for name, value in base.model.config.items() if not name.startswith("_")}
+    config = own_config(base.model)
     config["sample_size"] = size
     if (
         condition == "text"

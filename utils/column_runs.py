@@ -67,11 +67,6 @@ def refuse_model_flags(args: Namespace, names: Sequence[str] = ("model_size", "m
             )
 
 
-def own_config(base: ConditionalDenoiser) -> dict[str, Any]:
-    """The arguments that the model of a trained run was made with."""
-    return {name: value for name, value in base.model.config.items() if not name.startswith("_")}
-
-
 def assembled(
     args: Namespace,
     model_class: Any,

@@ -10,13 +10,13 @@ import numpy as np
 
 from utils.build import load_base, read_model_config
 from utils.codecs import weights_hash
-from utils.column_runs import assembled, own_config, refuse_model_flags, use_conditions_of, warn_of_missing
+from utils.column_runs import assembled, refuse_model_flags, use_conditions_of, warn_of_missing
 from utils.condition_args import parse_conditions
 from utils.crystal_codec import load_crystal_vae
 from utils.data_crystals import CrystalTable, load_crystals
 from utils.errors import UserError
 from utils.files import sha256_json
-from utils.models.denoiser import ConditionalDenoiser
+from utils.models.denoiser import ConditionalDenoiser, own_config
 from utils.models.dit import DIT_SIZES, DiT
 from utils.set_cache import CONDITION_KINDS, OF_ATOMS, SetCache, describe_condition
 
@@ -90,7 +90,7 @@ def build_set_denoiser(args: Namespace, cache: SetCache) -> ConditionalDenoiser:
             )
     else:
         check_base(args, base, cache)
-        config = own_config(base) | {"sample_size": max_atoms}
+        config = own_config(base.model) | {"sample_size": max_atoms}
     return assembled(args, DiT, config, cache, base)
 
 

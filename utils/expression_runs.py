@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from utils.build import load_base, read_model_config
 from utils.codecs import weights_hash
 from utils.column_cache import category_name, category_numbers, describe_column
-from utils.column_runs import assembled, own_config, refuse_model_flags, use_conditions_of, warn_of_missing
+from utils.column_runs import assembled, refuse_model_flags, use_conditions_of, warn_of_missing
 from utils.condition_args import parse_conditions
 from utils.data_cells import CellSource, open_cells
 from utils.data_expression import SPLITS, CellTable, check_labels, read_table, stratified_split
@@ -22,7 +22,7 @@ from utils.export import find_run
 from utils.expression_export import is_expression_run, load_run_vae
 from utils.files import sha256_json
 from utils.joint_training import JointCache
-from utils.models.denoiser import ConditionalDenoiser, JointDenoiser
+from utils.models.denoiser import ConditionalDenoiser, JointDenoiser, own_config
 from utils.models.dit import DIT_SIZES, DiT
 from utils.models.expression_vae import ExpressionVAE
 from utils.models.vector_mlp import VECTOR_MLP_SIZES, VectorMLP
@@ -164,7 +164,7 @@ def build_vector_denoiser(args: Namespace, cache: VectorCache) -> ConditionalDen
             )
     else:
         check_base(args, base, cache)
-        model_class, config = type(base.model), own_config(base)
+        model_class, config = type(base.model), own_config(base.model)
     return assembled(args, model_class, config, cache, base)
 
 

@@ -19,7 +19,7 @@ from utils import budget
 from utils.conditions import CONDITIONS, ClassCondition, NoCondition
 from utils.errors import UserError
 from utils.files import read_json, write_json
-from utils.models.denoiser import ConditionalDenoiser
+from utils.models.denoiser import ConditionalDenoiser, own_config
 from utils.sharding import new_like
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def new_module_of(name: str) -> str | None:
 @torch.no_grad()
 def start_condition(new: Any, base: Any, is_projected: bool) -> None:
     """Gives a condition encoder its first weights; `is_projected` says that a new layer, which is zero, follows it."""
-    ours, theirs = ({k: v for k, v in each.config.items() if not k.startswith("_")} for each in (new, base))
+    ours, theirs = (own_config(each) for each in (new, base))
     if not isinstance(base, NoCondition) and ours == theirs:
         weights = dict(base.named_parameters())  # no buffers: the null of a text is that of this run's cache
         for name, parameter in new.named_parameters():

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from utils.errors import UserError
-from utils.models.denoiser import ConditionalDenoiser
+from utils.models.denoiser import ConditionalDenoiser, own_config
 
 MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.bin"  # the names that Accelerate gives them without FSDP
 
@@ -87,7 +87,7 @@ def new_like(module: Any) -> Any:
     """A new module of a diffusers model's config and class: the one it had before FSDP2 put its own in front."""
     whole_class = next(each for each in type(module).__mro__ if not issubclass(each, FSDPModule))
     # Not from_config: it takes arguments that were given by position for defaults, and leaves them out.
-    return whole_class(**{key: value for key, value in module.config.items() if not key.startswith("_")})
+    return whole_class(**own_config(module))
 
 
 def whole_copy(

@@ -1,5 +1,7 @@
 """The model that is trained: a denoiser and the encoder of its condition, as one module."""
 
+from typing import Any
+
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
@@ -14,6 +16,11 @@ def num_tokens(dit: ModelMixin) -> int:
     if dit.config.latent_kind == "vector":
         return -(-dit.config.sample_size // dit.config.patch_size)
     return (dit.config.sample_size // dit.config.patch_size) ** 2
+
+
+def own_config(model: ModelMixin) -> dict[str, Any]:
+    """The arguments that a model was made with, without what diffusers notes beside them."""
+    return {name: value for name, value in model.config.items() if not name.startswith("_")}
 
 
 class ConditionalDenoiser(nn.Module):
