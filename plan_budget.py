@@ -72,7 +72,6 @@ def main(args: argparse.Namespace) -> None:
     from utils.draws import SampleDraws
     from utils.ema import EMA
     from utils.latent_cache import LatentStream
-    from utils.step_log import peak_memory
     from utils.text_encoders import load_text_encoder
 
     # Load
@@ -145,7 +144,7 @@ def main(args: argparse.Namespace) -> None:
             if ema is not None:
                 ema.step(len(clock.steps))
                 clock.end_stage("EMA")
-        return clock.pace(micro_steps, peak_memory(device))
+        return clock.pace(micro_steps)
 
     def pace_of(batch_size: int) -> planning.Pace | None:
         """Of a micro-batch; with two, where there will be more, because gradients then stay in memory in between."""

@@ -90,9 +90,9 @@ def main(args: argparse.Namespace) -> None:
     run.check_output_dir(output_dir, args.resume_from_checkpoint, accelerator)
     cache = training_data.open_cache(args, accelerator, output_dir)
     objective, scheduler = build.build_objective(args, accelerator.device)
-    frozen = export.load_frozen_parts(cache.spec, cache.normalisation, scheduler)
     condition = "none" if args.unconditional else "class"
     denoiser = build.build_denoiser(args, cache, condition)
+    frozen = export.load_frozen_parts(cache.spec, cache.normalisation, scheduler)
     labels = validation_labels(args, cache.spec.labels)
     label_names = (cache.spec.labels or {}).get("names")
     if args.enable_xformers_memory_efficient_attention:

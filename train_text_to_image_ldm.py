@@ -65,9 +65,9 @@ def main(args: argparse.Namespace) -> None:
     run.check_output_dir(output_dir, args.resume_from_checkpoint, accelerator)
     cache = training_data.open_cache(args, accelerator, output_dir)
     objective, scheduler = build.build_objective(args, accelerator.device)
-    frozen = export.load_frozen_parts(cache.spec, cache.normalisation, scheduler, with_text=True)
     condition = "text"
     denoiser = build.build_denoiser(args, cache, condition)
+    frozen = export.load_frozen_parts(cache.spec, cache.normalisation, scheduler, with_text=True)
     encodes_in_loop = cache.caption_content == "input_ids"
     if encodes_in_loop:
         frozen.text_encoder.to(accelerator.device)

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from common import benchmark_parser, report, seconds
 from random_data import write_random_cache
 from torch.utils.data import DataLoader
@@ -47,24 +48,28 @@ def in_memory(cache: LatentCache) -> dict[str, Gather]:
     }
 
 
-def endless_batches(cache: LatentCache, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """What the trainers iterate."""
+def endless_batches(
+    cache: LatentCache, batch_size: int, prepare: Callable[[DataLoader], DataLoader] = identity
+) -> Iterator[dict[str, torch.Tensor]]:
+    """What the trainers iterate; they do not `prepare` it, since each process has positions of its own already."""
     sampler = PositionBatches(batch_size, 1, 0, 0, 1)
-    return iter(DataLoader(LatentStream(cache, seed=0), batch_sampler=sampler, collate_fn=identity))
+    return iter(prepare(DataLoader(LatentStream(cache, seed=0), batch_sampler=sampler, collate_fn=identity)))
 
 
 def batch_rows(cache: LatentCache, args: Namespace) -> list[dict[str, Any]]:
     """The first table."""
     loader = endless_batches(cache, args.batch_size)
+    prepared = endless_batches(cache, args.batch_size, Accelerator(cpu=True).prepare)
     gathers: dict[str, Gather] = {
         "latent cache": cache.gather,
         "latent cache, loader": lambda rows: next(loader),
+        "latent cache, accelerator.prepare(loader)": lambda rows: next(prepared),
         **in_memory(cache),
     }
     rng = np.random.default_rng(1)
     batches = [rng.integers(len(cache), size=args.batch_size) for _ in range(args.rounds)]
     for rows in batches[:10]:  # warm up, and see that all that are given rows give the same
-        expected, _, *others = (gather(rows) for gather in gathers.values())
+        expected, _, _, *others = (gather(rows) for gather in gathers.values())
         assert all(torch.equal(other[key], expected[key]) for other in others for key in expected)
     # Rows of its own for each, or the second way to index would find those of the first in the CPU's cache.
     turns = zip(*(batches[i * 50 :] + batches[: i * 50] for i in range(len(gathers))))

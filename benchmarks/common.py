@@ -2,13 +2,14 @@
 
 import importlib
 import json
+import os
 import platform
 import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -65,9 +66,22 @@ def median_ratio(first: list[float], second: list[float]) -> float:
     return float(np.median(np.divide(first, second)))
 
 
-def run_python(script: Path, *flags: Any) -> None:
-    """Runs a script in a process of its own. Raises CalledProcessError where it fails."""
-    subprocess.run([sys.executable, str(script), *map(str, flags)], cwd=ROOT, check=True)
+def run_python(*command: Any, threads: int | None = None, log: Path | None = None) -> str:
+    """What a Python process prints, with so many threads. What it says of errors and progress goes to the terminal, or
+    to `log`. Raises CalledProcessError where it fails.
+    """
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    with open(log, "w") if log else nullcontext() as errors:
+        done = subprocess.run(
+            [sys.executable, *map(str, command)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            check=True,
+        )
+    return done.stdout
 
 
 def parsed(script: str, flags: list[Any]) -> tuple[ModuleType, Namespace]:

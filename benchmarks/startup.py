@@ -5,15 +5,13 @@
 Each row is a process of its own, so imports and all that they do are in it.
 """
 
-import subprocess
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import ROOT, benchmark_parser, report, seconds
+from common import benchmark_parser, report, run_python, seconds
 from random_data import save_text_encoder, save_vae, write_random_cache
 
 SCRIPTS = ("train_text_to_image_ldm.py", "train_class_cond_ldm.py", "precompute_latents.py", "sample.py")
@@ -62,14 +60,8 @@ trainer.main(args)
 """
 
 
-def python(*command: Any) -> str:
-    """What a Python process prints."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout
-
-
 def median_seconds(rounds: int, *command: Any) -> float:
-    return float(np.median([seconds(partial(python, *command)) for _ in range(rounds)]))
+    return float(np.median([seconds(partial(run_python, *command)) for _ in range(rounds)]))
 
 
 def first_step(folder: Path, rounds: int) -> list[dict[str, Any]]:
@@ -81,7 +73,7 @@ def first_step(folder: Path, rounds: int) -> list[dict[str, Any]]:
     stamps: dict[str, list[float]] = {}
     for i in range(rounds):
         flags_of_round = [*flags, "--output_dir", folder / str(i), "--max_train_steps", 10]
-        for line in python("-c", FIRST_STEP, "train_text_to_image_ldm.py", *flags_of_round).splitlines():
+        for line in run_python("-c", FIRST_STEP, "train_text_to_image_ldm.py", *flags_of_round).splitlines():
             stage, stamp = line.rsplit(maxsplit=1)
             stamps.setdefault(stage, []).append(float(stamp))
     medians = {stage: float(np.median(values)) for stage, values in stamps.items()}

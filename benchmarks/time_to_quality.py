@@ -9,17 +9,15 @@ its samples by the distances of a classifier's features. `--jobs` processes run 
 """
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, benchmark_parser, report
+import yaml
+from common import ROOT, benchmark_parser, report, run_python
 
 RECIPES: dict[str, list[str]] = {
     "flow, logit-normal timesteps, modern blocks, AdamW, batch 64": [],
@@ -28,11 +26,16 @@ RECIPES: dict[str, list[str]] = {
     "epsilon, Min-SNR 5": ["--prediction_type", "epsilon", "--snr_gamma", "5"],
     "v": ["--prediction_type", "v_prediction"],
     "v, Min-SNR 5": ["--prediction_type", "v_prediction", "--snr_gamma", "5"],
+    "rotary positions only": [],
     "plain blocks": ["--model_size", "plain-S/2"],
     "Muon": ["--optimizer", "muon"],
     "batch 32": ["--train_batch_size", "32"],
     "batch 128": ["--train_batch_size", "128"],
+    "learning rate 5e-4": ["--learning_rate", "5e-4"],
+    "learning rate 2e-3": ["--learning_rate", "2e-3"],
 }
+# What a recipe changes in --model_config.
+MODEL_CONFIGS: dict[str, dict[str, Any]] = {"rotary positions only": {"positions": "rotary"}}
 BASE = {
     "model": "dit",
     "model_size": "S/2",
@@ -47,28 +50,23 @@ BASE = {
 }
 
 
-def run_script(script: str, log: Path, *flags: Any) -> None:
-    """Runs a script of the suite with one thread. Raises CalledProcessError where it fails; `log` says why."""
-    with open(log, "w") as output:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(ROOT / script), *map(str, flags)]
-        subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, check=True)
-
-
 def train_and_judge(job: tuple[str, int], args: Namespace) -> dict[str, Any]:
     """The figures of one training."""
     recipe, seed = job
     folder = args.output_dir / f"{list(RECIPES).index(recipe)}-{seed}"
     folder.mkdir()
+    model_config = yaml.safe_load(args.model_config.read_text()) | MODEL_CONFIGS.get(recipe, {})
+    (folder / "model.yaml").write_text(yaml.safe_dump(model_config))
     flags = [f"--{name}={value}" for name, value in BASE.items()]
-    flags += [f"--model_config={args.model_config}", f"--latents_dir={args.latents_dir}", f"--seed={seed}"]
+    flags += [f"--model_config={folder / 'model.yaml'}", f"--latents_dir={args.latents_dir}", f"--seed={seed}"]
     flags += [f"--max_train_hours={args.minutes / 60}", f"--output_dir={folder / 'run'}", *RECIPES[recipe]]
-    run_script("train_class_cond_ldm.py", folder / "train.log", *flags)
+    run_python(ROOT / "train_class_cond_ldm.py", *flags, threads=1, log=folder / "train.log")
     judged = ["--model", folder / "run", "--reference", args.reference, "--reference_split", args.reference_split]
     judged += ["--num_reference", args.num_reference, "--num_samples", args.num_samples, "--metrics", "fid", "kid"]
     judged += ["--features", f"classifier:{args.classifier}", "--classifier", args.classifier]
     judged += ["--guidance_scale", args.guidance_scale, "--num_inference_steps", 25, "--batch_size", 100]
-    run_script("evaluate.py", folder / "evaluate.log", *judged, "--output_dir", folder / "evaluated")
+    judged += ["--output_dir", folder / "evaluated"]
+    run_python(ROOT / "evaluate.py", *judged, threads=1, log=folder / "evaluate.log")
     point = json.loads((folder / "evaluated" / "metrics.json").read_text())["points"][0]
     figures = {name: figure["value"] for group in point["groups"] for name, figure in group["figures"].items()}
     steps = max(int(path.name.partition("-")[2]) for path in (folder / "run").glob("checkpoint-*"))

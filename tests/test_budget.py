@@ -375,15 +375,45 @@ def test_memory_that_runs_out_is_no_error_and_other_errors_are(monkeypatch):
         measuring.pace_or_none(lambda: fail("shapes do not fit"), device)
 
 
+def run_one_step(clock: measuring.StageClock) -> None:
+    for _ in range(2):  # the first does not count
+        clock.start_step()
+        clock.end_stage("optimizer")
+
+
+def test_a_size_that_did_not_fit_is_not_in_the_memory_of_the_next(monkeypatch):
+    """A search tries sizes until one does not fit: what that one filled is not what the plan's own size takes."""
+    held = {"now": 0, "peak": 0}
+
+    def hold(num_bytes):
+        held.update(now=num_bytes, peak=max(held["peak"], num_bytes))
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: held.update(peak=held["now"]))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: held["peak"])
+    monkeypatch.setattr(measuring.StageClock, "_stamp", lambda clock: 0.0)
+    monkeypatch.setattr(measuring, "wait_for", lambda device: None)
+    device = torch.device("cuda")
+
+    def measured(num_bytes):
+        clock = measuring.StageClock(device)
+        hold(num_bytes)
+        run_one_step(clock)
+        hold(1)
+        return clock.pace(1).peak_bytes
+
+    assert [measured(9), measured(80), measured(7)] == [9, 80, 7]
+
+
 def test_the_clock_takes_medians_and_leaves_out_the_first_step(monkeypatch):
     clock, now = measuring.StageClock(torch.device("cpu")), [0.0]
+    monkeypatch.setattr(measuring, "peak_memory", lambda device: 7)
     monkeypatch.setattr(clock, "_stamp", lambda: now[0])
     for seconds in (100.0, 1.0, 2.0, 9.0):
         clock.start_step()
         for stage in ("other", "forward + backward", "other", "forward + backward", "optimizer"):
             now[0] += seconds
             clock.end_stage(stage)
-    measured = clock.pace(2, 7)
+    measured = clock.pace(2)
     assert measured == Pace({"forward + backward": 2.0, "optimizer": 2.0, "EMA": 0.0, "other": 2.0}, 7)
 
 

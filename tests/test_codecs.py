@@ -1,5 +1,7 @@
 """Codecs: normalisation, folding it into the VAE, hashes and loading, on small autoencoders of diffusers."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -188,6 +190,22 @@ def test_folded_vae_works_on_normalised_latents(normalisation):
     torch.testing.assert_close(folded_std, std / scale, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(codecs.decode(folded, normalisation.normalise(raw)), pixels, rtol=1e-5, atol=1e-5)
     assert Normalisation.of_vae(folded.config, 4) == Normalisation((0.0,) * 4, (1.0,) * 4)
+
+
+def test_what_was_folded_is_found_again():
+    """Also where a normalisation is folded into a VAE that has one already: the two, one after the other."""
+    vae = tiny_kl()
+    first = Normalisation((0.3, -1.0, 0.0, 2.0), (0.5, 2.0, 1.0, 3.0))
+    second = Normalisation((0.1, 0.2, -0.3, 0.0), (1.5, 0.25, 1.0, 0.9))
+    folded = codecs.fold_normalisation(copy.deepcopy(vae), first)
+    assert codecs.folded_normalisation(vae, folded, 4).is_close(first)
+    twice = codecs.fold_normalisation(copy.deepcopy(folded), second)
+    both = codecs.folded_normalisation(vae, twice, 4)
+    assert both.is_close(first.then(second))
+    assert not both.is_close(second.then(first))
+    raw = torch.randn(2, 4, 3, 3)
+    torch.testing.assert_close(both.normalise(raw), second.normalise(first.normalise(raw)), rtol=1e-4, atol=1e-4)
+    assert codecs.folded_normalisation(vae, vae, 4).is_close(Normalisation((0.0,) * 4, (1.0,) * 4))
 
 
 def test_folded_vae_saves_and_loads(tmp_path):

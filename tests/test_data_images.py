@@ -22,6 +22,7 @@ from PIL import Image
 from utils import data_images, image_sources
 from utils.data_images import (
     BadImage,
+    Framing,
     decode_image,
     normalise_captions,
     resize_and_crop,
@@ -313,6 +314,50 @@ def test_random_crop_follows_its_generator_and_covers_the_image():
     assert {round(start / 8) for start in starts} == set(range(25))  # offsets 0..24, both ends included
     with pytest.raises(ValueError, match="generator"):
         resize_and_crop(image, 8, False, None)
+
+
+def photo(height: int, width: int) -> Image.Image:
+    """Smooth colours with edges and some noise: what a camera gives."""
+    small = np.random.default_rng(0).integers(0, 256, (height // 40, width // 40, 3), dtype=np.uint8)
+    large = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+    pixels = np.asarray(large).astype(int) + np.random.default_rng(1).integers(-8, 9, (height, width, 1))
+    pixels[height // 3 : height // 2, width // 3 : width // 2] = 20
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("side", "decoded"), [(64, (150, 100)), (51, (150, 100)), (50, (150, 100)), (101, (300, 200)), (401, (1200, 800))]
+)
+def test_a_jpeg_is_decoded_at_the_size_that_is_needed(side, decoded):
+    """By 2, 4 or 8, and never below the side that is asked for; what is no JPEG comes whole."""
+    image = photo(800, 1200)
+    assert decode_image(encode(image, "JPEG"), smallest_side=side).size == decoded
+    assert decode_image(encode(image, "JPEG")).size == (1200, 800)
+    assert decode_image(encode(image, "PNG"), smallest_side=side).size == (1200, 800)
+    assert decode_image(encode(image.crop((0, 0, 1200, 799)), "JPEG"), smallest_side=side).size == (1200, 799)
+
+
+@pytest.mark.parametrize("size", [(1200, 1600), (1204, 1606), (1201, 1607), (1999, 1336)])
+@pytest.mark.parametrize("center_crop", [True, False])
+def test_a_large_jpeg_is_framed_as_if_it_were_decoded_whole(center_crop, size):
+    """Not stretched by what libjpeg adds to sides that a power of two does not divide."""
+    data, frame = encode(photo(*size), "JPEG", quality=95), Framing(64, center_crop, (255, 255, 255))
+    quick = frame(data, np.random.default_rng(3)).astype(float)
+    whole = resize_and_crop(decode_image(data), 64, center_crop, np.random.default_rng(3)).astype(float)
+    assert ((quick - whole) ** 2).mean() ** 0.5 < 1.5
+
+
+def test_a_jpeg_that_is_hardly_larger_is_framed_to_the_bit():
+    data = encode(photo(240, 400), "JPEG")  # below twice the side that Lanczos is left with
+    framed = Framing(64, True, (255, 255, 255))(data, np.random.default_rng(3))
+    assert (framed == resize_and_crop(decode_image(data), 64, True, None)).all()
+
+
+def test_an_upright_jpeg_of_a_camera_is_upright_at_any_size():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    data = encode(photo(800, 1200), "JPEG", exif=exif)
+    assert decode_image(data, smallest_side=100).size == (100, 150)
 
 
 # ---- captions -------------------------------------------------------------------------------------------------------

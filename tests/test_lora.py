@@ -584,6 +584,25 @@ def test_latents_of_another_vae_are_noticed(cache, bases, tmp_path, caplog):
         assert ("another VAE" in caplog.text) == is_noticed
 
 
+def test_a_run_goes_on_in_the_latents_of_its_base(cache, model_flags, tmp_path):
+    """Whatever mean and std they have by default: the base was trained in others. The VAE into which they are folded
+    is the base's then.
+    """
+    flags = ["--latents_dir", cache, *TUNE, "--prediction_type", "flow", "--max_train_steps", 2]
+    run(CLASS, *flags, *model_flags["dit"], "--latent_normalisation", "measured", "--output_dir", tmp_path / "base")
+    flags += [FLAG, tmp_path / "base"]
+    result = run(CLASS, *flags, "--output_dir", tmp_path / "run")
+    assert "latents are normalised as those of" in result.stderr
+    file = "vae/diffusion_pytorch_model.safetensors"
+    ours, theirs = (load_file(tmp_path / name / file) for name in ("run", "base"))
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-5)
+    again = [*flags, "--latent_normalisation"]
+    run(CLASS, *again, "measured", "--output_dir", tmp_path / "the same")
+    refusal = refused(run(CLASS, *again, "vae", "--output_dir", tmp_path / "others", check=False))
+    assert "--latent_normalisation vae: " in refusal
+
+
 @pytest.mark.parametrize(("base", "script", "flags", "message"), [
     ("class", CLASS, ["--model", "dit", "--model_size", "B/2"], "--model_size: num_layers 12, but the run to start from has 2"),
     ("text", TEXT, ["--model", "dit"], "--model dit: .* was trained with unet; leave it out"),

@@ -8,10 +8,11 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention as UNetAttention
 from torch import nn
 
+from utils.build import dit_arguments
 from utils.conditions import ClassCondition, TextCondition
 from utils.models.attention import Attention, rotate
 from utils.models.denoiser import ConditionalDenoiser
-from utils.models.dit import DIT_SIZES, DiT, rotary_table, timestep_embedding
+from utils.models.dit import DIT_SIZES, POSITIONS, DiT, position_table, rotary_table, timestep_embedding
 from utils.models.unet import UNET_PRESETS, build_unet, unet_config
 
 
@@ -473,3 +474,37 @@ def test_zero_layers_are_the_papers():
     assert all((p == 0).all() for module in ends for p in module.parameters())
     others = [m for m in unet.modules() if isinstance(m, nn.Conv2d | nn.Linear) and m not in ends]
     assert all((module.weight != 0).any() for module in others)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_positions_are_turned_added_or_both(positions):
+    dit = tiny_dit(positions=positions)
+    sample = torch.randn(2, 4, 8, 8)
+    values, rotary = dit.embed(sample)
+    added = values - dit.patch_embed(dit.patchify(sample))
+    fixed = position_table(4, 4, 48, sample.device).expand(2, -1, -1)
+    torch.testing.assert_close(added, torch.zeros_like(fixed) if positions == "rotary" else fixed, rtol=0, atol=1e-6)
+    assert (rotary is None) == (positions == "fixed")
+    if rotary is not None:
+        for table, expected in zip(rotary, rotary_table(4, 4, 12, sample.device), strict=True):
+            assert torch.equal(table, expected)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_rotary_positions_alone_do_not_say_where_a_token_is(positions):
+    """Of a picture that is the same everywhere every token says the same, unless it knows its place."""
+    dit = randomise(tiny_dit(positions=positions))
+    inputs = tiny_inputs() | {"sample": torch.ones(3, 4, 8, 8)}
+    patches = dit.patchify(dit(**inputs).sample)  # (3, 16, 16)
+    spread = (patches - patches[:, :1]).abs().max()
+    assert spread < 1e-4 if positions == "rotary" else spread > 1e-2
+
+
+def test_positions_of_a_run_made_before_there_was_a_choice():
+    """Its config.json has none, and its style says what it was trained with; the sizes have both."""
+    assert tiny_dit().positions == "rotary"
+    assert tiny_dit(style="plain").positions == "fixed"
+    assert dit_arguments("S/2", 8, 4, None, "class")["positions"] == "both"
+    assert DiT(**dit_arguments("plain-S/2", 8, 4, None, "class")).positions == "fixed"
+    with pytest.raises(ValueError, match="positions none is none of rotary, fixed, both"):
+        tiny_dit(positions="none")

@@ -103,6 +103,56 @@ def test_a_measured_trainer_is_the_trainer_and_ends_before_its_export(common, ca
     assert not (tmp_path / "run" / "model_index.json").exists()
 
 
+def test_train_steps_tells_what_a_training_takes(cache, model_flags, tmp_path):
+    """The script itself."""
+    flags = [*TRAIN_FLAGS, *model_flags["dit"], "--latents_dir", cache]
+    settings = ["--num_steps", 3, "--warm_up", 2, "--profile", "--output", tmp_path / "figures.json"]
+    run_script("benchmarks/train_steps.py", *settings, "--", *flags)
+    (row,), operators = json.loads((tmp_path / "figures.json").read_text())["tables"]
+    assert (row["processes"], row["samples a step"]) == (1, 4)
+    assert row["samples/s"] == pytest.approx(4000 / row["ms a step"])
+    assert row["memory, GB"] > 0.1
+    assert 0 < row["utilisation"] < 1
+    assert 0 <= row["waiting for data"] < 1
+    shares = [operator["share"] for operator in operators]
+    assert shares == sorted(shares, reverse=True)
+    assert 0.3 < sum(shares) <= 1
+
+
+def test_waiting_for_data_is_told(common, cache, model_flags, tmp_path, monkeypatch):
+    import train_steps
+
+    from utils import budget, run
+
+    make_loader = run.make_loader
+
+    def slow_loader(*args):
+        for batch in make_loader(*args):
+            time.sleep(0.5)
+            yield batch
+
+    monkeypatch.setattr(run, "make_loader", slow_loader)
+    monkeypatch.setattr(budget, "measured_flops", lambda *_: 1e12)
+    clock = train_steps.Clock(warm_up=1)
+    flags = [*TRAIN_FLAGS, *model_flags["dit"], "--latents_dir", cache, "--output_dir", tmp_path / "run"]
+    clock.run(flags, 3)
+    assert len(clock.seconds) == 3
+    assert clock.row()["waiting for data"] > 0.5
+
+
+@pytest.mark.slow
+def test_scaling_measures_processes_sizes_and_plans(model_flags, tmp_path):
+    """The script itself: two processes have two batches, and a plan's training takes what the plan says."""
+    settings = ["--batch_sizes", 2, 4, "--sides", 8, "--num_steps", 3, "--threads", 1]
+    output = ["--output", tmp_path / "figures.json"]
+    run_script("benchmarks/scaling.py", *settings, *output, "--", *model_flags["dit"])
+    processes, sizes, (plan,) = json.loads((tmp_path / "figures.json").read_text())["tables"]
+    assert [(row["processes"], row["samples a step"]) for row in processes] == [(1, 4), (2, 8)]
+    assert processes[0]["of ideal"] == 1
+    assert [row["samples a step"] for row in sizes] == [2, 4]
+    assert 0.3 < plan["samples/s, ratio"] < 3
+
+
 def test_a_random_cache_is_one_that_readers_know(common, tmp_path):
     import random_data
 

@@ -192,7 +192,7 @@ def peak_flops(device: torch.device | str, mixed_precision: str = "no") -> Peak:
 @cache
 def measured_flops(device: torch.device, precision: str, num_threads: int, seconds: float = 1.0) -> float:
     """FLOPs a second of the quickest of many matrix products. `num_threads` is a key of the cache and sets nothing."""
-    size = 1024 if device.type == "cpu" else 4096
+    size = 1024 if device.type == "cpu" else 8192
     left, right = (torch.ones(size, size, device=device, dtype=DTYPES[precision]) for _ in range(2))
     quickest, started = float("inf"), time.perf_counter()
     with torch.no_grad():

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from utils.codecs import load_vae, weights_hash
+from utils.codecs import Normalisation, folded_normalisation, load_vae, weights_hash
 from utils.conditions import ClassCondition, NoCondition, TextCondition
 from utils.errors import UserError
-from utils.export import find_run, load_denoiser
+from utils.export import find_run, load_denoiser, load_settings
 from utils.latent_cache import LatentCache, LatentSpec
 from utils.lora import add_lora, start_from
 from utils.models.denoiser import ConditionalDenoiser, num_tokens, own_config
@@ -62,7 +62,7 @@ def build_denoiser(args: Namespace, cache: LatentCache, condition: str) -> Condi
         model_class = DiT if args.model == "dit" else UNet2DConditionModel
         config |= read_model_config(args.model_config, model_class, config)
     else:
-        check_latents(base, Path(args.pretrained_model_name_or_path), spec)
+        take_normalisation(args, cache, check_latents(base, Path(args.pretrained_model_name_or_path), spec))
         config = config_from(base, height, text_dim, condition)
         check_same_model(args, config, height, channels, text_dim, condition)
     try:
@@ -92,20 +92,37 @@ def fine_tuned(args: Namespace, denoiser: ConditionalDenoiser, base: Conditional
     return denoiser
 
 
-def check_latents(base: ConditionalDenoiser, run_dir: Path, spec: LatentSpec) -> None:
-    """Raises UserError for latents of another shape than the base's, and warns of another VAE's."""
+def check_latents(base: ConditionalDenoiser, run_dir: Path, spec: LatentSpec) -> Normalisation | None:
+    """The normalisation that makes the latents of a cache those that the base was trained in; None, and a warning, if
+    they are another VAE's. Raises UserError for latents of another shape.
+    """
     if base.model.config.in_channels != spec.shape[0]:
         raise UserError(
             f"{BASE_FLAG}: {run_dir} knows latents of {base.model.config.in_channels} channels, and those of "
             f"--latents_dir have {spec.shape[0]}; precompute with the VAE of that run"
         )
-    folder = next(each / "vae" for each in (run_dir, run_dir.parent) if (each / "vae").is_dir())
+    whole = next(each for each in (run_dir, run_dir.parent) if (each / "vae").is_dir())
+    vaes = load_vae(spec.vae), load_vae(str(whole / "vae"))
     # Of a VAE into which a normalisation was folded only the layers next to the latents have changed.
-    ours, theirs = (
-        weights_hash(getattr(each, "decoder", each)) for each in (load_vae(spec.vae), load_vae(str(folder)))
-    )
+    ours, theirs = (weights_hash(getattr(each, "decoder", each)) for each in vaes)
     if ours != theirs:
         logger.warning("%s: %s was trained in latents of another VAE than this cache's", BASE_FLAG, run_dir)
+        return None
+    return folded_normalisation(*vaes, spec.shape[0]).then(load_settings(whole)[1])
+
+
+def take_normalisation(args: Namespace, cache: LatentCache, of_base: Normalisation | None) -> None:
+    """Has a cache give the latents that the base was trained in. Raises UserError where others are asked for."""
+    if of_base is None or of_base.is_close(cache.normalisation):
+        return
+    source = args.pretrained_model_name_or_path
+    if "latent_normalisation" in args.given:
+        raise UserError(
+            f"--latent_normalisation {args.latent_normalisation}: {source} was trained in latents of another mean or "
+            "std; leave it out, and its own are taken"
+        )
+    logger.info("latents are normalised as those of %s were", source)
+    cache.normalisation = of_base
 
 
 def config_from(base: ConditionalDenoiser, size: int, text_dim: int | None, condition: str) -> dict[str, Any]:
@@ -225,6 +242,7 @@ def dit_arguments(
         "hidden_size": hidden_size,
         "num_attention_heads": heads,
         "style": "plain" if is_plain else "modern",
+        "positions": None if is_plain else "both",
     } | condition_arguments(is_plain, hidden_size, text_dim, condition)
 
 

@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoModel
 from diffusers.models.modeling_utils import ModelMixin
@@ -139,6 +140,17 @@ class Normalisation:
         mean, std = self._broadcast(latents)
         return latents.float() * std + mean
 
+    def then(self, other: "Normalisation") -> "Normalisation":
+        """This one, and the other after it, as one."""
+        pairs = zip(self.mean, self.std, other.mean, strict=True)
+        mean = tuple(own + std * further for own, std, further in pairs)
+        return Normalisation(mean, tuple(own * further for own, further in zip(self.std, other.std, strict=True)))
+
+    def is_close(self, other: "Normalisation") -> bool:
+        """Whether both give the same latents, to rounding."""
+        offset = np.abs(np.subtract(self.mean, other.mean)) / np.array(self.std)
+        return bool((offset < 1e-4).all() and np.allclose(self.std, other.std, rtol=1e-4))
+
     def is_plain_scaling(self) -> bool:
         """Whether one factor and no shift say it all: what StableDiffusionPipeline can undo."""
         return not any(self.mean) and len(set(self.std)) == 1
@@ -161,6 +173,18 @@ def fold_normalisation(vae: AutoencoderKL, normalisation: Normalisation) -> Auto
     encode_conv.bias[channels:] -= 2 * std.log()  # the second half the log-variance
     vae.register_to_config(scaling_factor=1.0, shift_factor=None, latents_mean=None, latents_std=None)
     return vae
+
+
+@torch.no_grad()
+def folded_normalisation(vae: ModelMixin, folded: ModelMixin, channels: int) -> Normalisation:
+    """What `fold_normalisation` moved into `folded`, which is `vae` otherwise; of two equal ones mean 0 and std 1."""
+    if not is_foldable(vae) or not is_foldable(folded):
+        return Normalisation((0.0,) * channels, (1.0,) * channels)
+    before, after = vae.quant_conv, folded.quant_conv
+    weights, folded_weights = (conv.weight[:channels].flatten(1).double() for conv in (before, after))  # (C, 2 C)
+    std = (weights * weights).sum(dim=1) / (weights * folded_weights).sum(dim=1)
+    mean = before.bias[:channels].double() - std * after.bias[:channels].double()
+    return Normalisation(tuple(mean.tolist()), tuple(std.tolist()))
 
 
 def is_foldable(vae: ModelMixin) -> bool:

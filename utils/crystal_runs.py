@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from utils.build import load_base, read_model_config
+from utils.build import load_base, read_model_config, take_normalisation
 from utils.codecs import weights_hash
 from utils.column_runs import assembled, refuse_model_flags, use_conditions_of, warn_of_missing
 from utils.condition_args import parse_conditions
 from utils.crystal_codec import load_crystal_vae
 from utils.data_crystals import CrystalTable, load_crystals
 from utils.errors import UserError
+from utils.export import load_settings
 from utils.files import sha256_json
 from utils.models.denoiser import ConditionalDenoiser, own_config
 from utils.models.dit import DIT_SIZES, DiT
@@ -111,4 +112,5 @@ def check_base(args: Namespace, base: ConditionalDenoiser, cache: SetCache) -> N
     folder = next(each / "vae" for each in (run_dir, run_dir.parent) if (each / "vae").is_dir())
     if weights_hash(load_crystal_vae(str(folder))) != cache.spec.fingerprint["vae"]["sha256"]:
         raise UserError(f"{flag}: {run_dir} knows latents of another VAE; precompute --latents_dir with {folder}")
+    take_normalisation(args, cache, load_settings(folder.parent)[1])
     use_conditions_of(base, cache, str(run_dir))

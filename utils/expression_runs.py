@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from accelerate import Accelerator
 
-from utils.build import load_base, read_model_config
+from utils.build import load_base, read_model_config, take_normalisation
 from utils.codecs import weights_hash
 from utils.column_cache import category_name, category_numbers, describe_column
 from utils.column_runs import assembled, refuse_model_flags, use_conditions_of, warn_of_missing
@@ -18,7 +18,7 @@ from utils.data_cells import CellSource, open_cells
 from utils.data_expression import SPLITS, CellTable, check_labels, read_table, stratified_split
 from utils.data_genes import choose_genes
 from utils.errors import UserError
-from utils.export import find_run
+from utils.export import find_run, load_settings
 from utils.expression_export import is_expression_run, load_run_vae
 from utils.files import sha256_json
 from utils.joint_training import JointCache
@@ -182,6 +182,7 @@ def check_base(args: Namespace, base: ConditionalDenoiser, cache: VectorCache) -
             f"{flag}: {run_dir} knows latents of another VAE; precompute --latents_dir with {whole / 'vae'}"
             f"{', and start from the finished run' if checkpoint else ''}"
         )
+    take_normalisation(args, cache, load_settings(whole)[1])
     use_conditions_of(base, cache, str(run_dir))
 
 

@@ -30,6 +30,7 @@ from utils.held_out import NUM_QUARTERS
 from utils.latent_cache import LatentCache, LatentSpec
 from utils.planning import STAGES, Pace, readable
 from utils.precompute import Encoders
+from utils.step_log import peak_memory
 
 
 def synthetic_spec(
@@ -101,10 +102,14 @@ class SyntheticCache(LatentCache):
 
 
 class StageClock:
-    """Times the stages of training steps; on CUDA by events, so that no stage waits for the device."""
+    """Times the stages of training steps, on CUDA by events, so that no stage waits for the device; and tells the most
+    memory that was held since it was made.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         self.steps: list[list[tuple[str, float | torch.cuda.Event]]] = []
 
     def _stamp(self) -> float | torch.cuda.Event:
@@ -122,7 +127,7 @@ class StageClock:
         """What happened since the last call, or since the step began, was stage `name`."""
         self.steps[-1].append((name, self._stamp()))
 
-    def pace(self, micro_steps: int, peak_bytes: int) -> Pace:
+    def pace(self, micro_steps: int) -> Pace:
         """Medians over the steps but the first, each of `micro_steps`."""
         wait_for(self.device)
         totals: list[dict[str, float]] = []
@@ -131,7 +136,7 @@ class StageClock:
             for (_, before), (name, now) in itertools.pairwise(stamps):
                 totals[-1][name] += seconds_between(before, now)
         medians = {name: float(np.median([total[name] for total in totals])) for name in STAGES}
-        return Pace.of_step(medians, micro_steps, peak_bytes)
+        return Pace.of_step(medians, micro_steps, peak_memory(self.device))
 
 
 def seconds_between(before: float | torch.cuda.Event, now: float | torch.cuda.Event) -> float:
@@ -174,8 +179,6 @@ def usable_bytes(device: torch.device, cap_gb: float | None) -> float:
 
 def pace_or_none(measure: Callable[[], Pace], device: torch.device) -> Pace | None:
     """What `measure` gives, or None where the device ran out of memory."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     try:
         return measure()
     except RuntimeError as error:

@@ -3,6 +3,8 @@
 This file is copied into exported runs, beside the DiT: it imports torch only.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,18 @@ def rotate(values: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Applies rotary positions (RoFormer, arXiv 2104.09864, equation 34) to `values` (B, heads, N, head_dim)."""
     first, second = values.chunk(2, dim=-1)
     return (values * cos + torch.cat([-second, first], dim=-1) * sin).to(values.dtype)
+
+
+class RMSNorm(nn.RMSNorm):
+    """In the dtype that its input has, under autocast too, with sums in float32 as ever. Left to autocast, a norm of
+    half-precision values comes in float32 throughout (on CUDA, torch 2.12 and later), or by eight kernels for want of
+    a weight of the same dtype (before that, and on CPUs).
+    """
+
+    def forward(self, values: Tensor) -> Tensor:
+        weight = self.weight if self.weight is None else self.weight.to(values.dtype)
+        with nullcontext() if values.is_meta else torch.autocast(values.device.type, enabled=False):
+            return F.rms_norm(values, self.normalized_shape, weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -24,8 +38,8 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.to_q = nn.Linear(dim, dim)
         self.to_kv = nn.Linear(context_dim or dim, 2 * dim)
-        self.norm_q = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.norm_k = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.norm_q = RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.to_out = nn.Linear(dim, dim)
         self.use_xformers = False
 

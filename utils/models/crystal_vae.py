@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from utils.crystal_losses import CrystalPrediction, frac_vectors, scaled_lengths
 from utils.crystals import MAX_ATOMIC_NUMBER
-from utils.models.attention import Attention, SwiGLU
+from utils.models.attention import Attention, RMSNorm, SwiGLU
 from utils.posterior import GaussianPosterior
 from utils.tensor_ops import append_dims
 
@@ -42,7 +42,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
-        self.norm1, self.norm2 = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
+        self.norm1, self.norm2 = RMSNorm(dim, eps=1e-6), RMSNorm(dim, eps=1e-6)
         self.attention = Attention(dim, num_heads)
         self.mlp = SwiGLU(dim, 4.0)
 
@@ -74,11 +74,11 @@ class CrystalVAE(ModelMixin, ConfigMixin):
         self.site_embed = nn.Linear(3 * 2 * NUM_HARMONICS, hidden_size)
         self.cell_embed = nn.Sequential(nn.Linear(7, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
         self.encoder = nn.ModuleList(Block(hidden_size, num_attention_heads) for _ in range(num_layers))
-        self.encoder_norm = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.encoder_norm = RMSNorm(hidden_size, eps=1e-6)
         self.to_moments = nn.Linear(hidden_size, 2 * latent_channels)
         self.from_latents = nn.Linear(latent_channels, hidden_size)
         self.decoder = nn.ModuleList(Block(hidden_size, num_attention_heads) for _ in range(num_layers))
-        self.decoder_norm = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.decoder_norm = RMSNorm(hidden_size, eps=1e-6)
         self.to_elements = nn.Linear(hidden_size, num_elements)
         self.to_sites = nn.Linear(hidden_size, 6)
         to_parameters = nn.Linear(hidden_size, 6)

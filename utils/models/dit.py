@@ -16,7 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import Attention, SwiGLU
+from .attention import Attention, RMSNorm, SwiGLU
 
 # Table 1 of the paper: layers, hidden size, heads.
 DIT_SIZES = {
@@ -75,12 +75,15 @@ class Style(NamedTuple):
     norm: Callable[..., nn.Module]
     mlp: Callable[[int, float], nn.Module]
     qk_norm: bool
-    rotary: bool  # otherwise fixed positions are added to the tokens
+    positions: str  # of a grid, one of POSITIONS
 
 
+# Queries and keys turned by them, or sines and cosines added to the tokens. Rotary ones alone say how far tokens are
+# from each other, and not where in the picture they are: docs/performance.md has what that costs.
+POSITIONS = ("rotary", "fixed", "both")
 STYLES = {
-    "modern": Style(nn.RMSNorm, SwiGLU, qk_norm=True, rotary=True),
-    "plain": Style(nn.LayerNorm, gelu_mlp, qk_norm=False, rotary=False),  # the paper's
+    "modern": Style(RMSNorm, SwiGLU, qk_norm=True, positions="rotary"),
+    "plain": Style(nn.LayerNorm, gelu_mlp, qk_norm=False, positions="fixed"),  # the paper's
 }
 
 
@@ -119,7 +122,8 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
     `forward` names its arguments as `UNet2DConditionModel.forward` does, so that `ConditionalDenoiser` and the
     pipelines call either: `class_labels` are pooled projections (B, `projection_class_embeddings_input_dim`),
     `encoder_hidden_states` (B, S, `cross_attention_dim`), `encoder_attention_mask` (B, S), True = attend. With
-    `class_embed_type` "identity" pooled projections are (B, `hidden_size`) and are added as they are.
+    `class_embed_type` "identity" pooled projections are (B, `hidden_size`) and are added as they are. A grid has
+    `positions` of one of POSITIONS; None: rotary for the modern style, fixed for the plain one.
     """
 
     _supports_gradient_checkpointing = True
@@ -141,6 +145,7 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         style: str = "modern",
         latent_kind: str = "grid",
         out_channels: int | None = None,
+        positions: str | None = None,
     ):
         super().__init__()
         if latent_kind not in LATENT_KINDS:
@@ -155,6 +160,9 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(f"hidden_size {hidden_size} is no multiple of 4 x {num_attention_heads} heads")
         if style not in STYLES:
             raise ValueError(f"style {style} is none of {', '.join(STYLES)}")
+        if positions is not None and positions not in POSITIONS:
+            raise ValueError(f"positions {positions} is none of {', '.join(POSITIONS)}")
+        self.positions = positions or STYLES[style].positions
         patch_dim = patch_size ** (1 if latent_kind == "vector" else 2)  # values of a channel in a token
         self.patch_embed = nn.Linear(in_channels * patch_dim, hidden_size)
         self.places = None
@@ -200,12 +208,14 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def embed_grid(self, sample: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """(B, C, H, W) as tokens (B, N, D) with their places: as rotary tables, or added to them."""
         height, width = (side // self.config.patch_size for side in sample.shape[-2:])
-        values = self.patch_embed(self.patchify(sample))
-        if STYLES[self.config.style].rotary:
+        values, rotary = self.patch_embed(self.patchify(sample)), None
+        if self.positions != "rotary":
+            fixed = position_table(height, width, self.config.hidden_size, sample.device)
+            values = values + fixed.to(values.dtype)
+        if self.positions != "fixed":
             head_dim = self.config.hidden_size // self.config.num_attention_heads
-            return values, rotary_table(height, width, head_dim, sample.device)
-        positions = position_table(height, width, self.config.hidden_size, sample.device)
-        return values + positions.to(values.dtype), None
+            rotary = rotary_table(height, width, head_dim, sample.device)
+        return values, rotary
 
     def embed_vector(self, sample: Tensor) -> Tensor:
         """(B, D) as tokens (B, N, hidden): pieces of it, the last filled up with zeros."""

@@ -9,7 +9,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from utils.models.attention import SwiGLU
+from utils.models.attention import RMSNorm, SwiGLU
 from utils.models.dit import timestep_embedding
 
 # Layers and hidden size, by the names of the DiT paper.
@@ -30,7 +30,7 @@ class VectorBlock(nn.Module):
 
     def __init__(self, dim: int, mlp_ratio: float):
         super().__init__()
-        self.norm = nn.RMSNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm = RMSNorm(dim, eps=1e-6, elementwise_affine=False)
         self.mlp = SwiGLU(dim, mlp_ratio)
         self.adaln = nn.Linear(dim, 3 * dim)
 
@@ -64,7 +64,7 @@ class VectorMLP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if projection_class_embeddings_input_dim:
             self.pooled_embed = nn.Linear(projection_class_embeddings_input_dim, hidden_size)
         self.blocks = nn.ModuleList(VectorBlock(hidden_size, mlp_ratio) for _ in range(num_layers))
-        self.norm_out = nn.RMSNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.norm_out = RMSNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.adaln_out = nn.Linear(hidden_size, 2 * hidden_size)
         self.proj_out = nn.Linear(hidden_size, sample_size)
         self.gradient_checkpointing = False
