@@ -10,7 +10,7 @@ from torch import nn
 
 from utils.build import dit_arguments
 from utils.conditions import ClassCondition, TextCondition
-from utils.models.attention import Attention, rotate
+from utils.models.attention import Attention, RMSNorm, rotate
 from utils.models.denoiser import ConditionalDenoiser
 from utils.models.dit import DIT_SIZES, POSITIONS, DiT, position_table, rotary_table, timestep_embedding
 from utils.models.unet import UNET_PRESETS, build_unet, unet_config
@@ -508,3 +508,19 @@ def test_positions_of_a_run_made_before_there_was_a_choice():
     assert DiT(**dit_arguments("plain-S/2", 8, 4, None, "class")).positions == "fixed"
     with pytest.raises(ValueError, match="positions none is none of rotary, fixed, both"):
         tiny_dit(positions="none")
+
+
+@pytest.mark.parametrize("elementwise_affine", [True, False])
+def test_a_norm_of_half_precision_is_in_half_precision(elementwise_affine):
+    """Under autocast too, where torch's own is float32 on some devices and with some weights; its sums are float32."""
+    norm = randomise(RMSNorm(64, eps=1e-6, elementwise_affine=elementwise_affine))
+    values = (300 * torch.randn(5, 64)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        normalised = norm(values)
+    assert normalised.dtype == torch.bfloat16
+    expected = nn.RMSNorm.forward(norm, values.float())
+    torch.testing.assert_close(normalised.float(), expected, rtol=0.012, atol=1e-3)
+    if elementwise_affine:
+        assert "FusedRmsNorm" in normalised.grad_fn.name()  # and not by eight kernels
+        normalised.float().sum().backward()
+        assert norm.weight.grad.dtype == torch.float32
