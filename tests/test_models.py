@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention as UNetAttention
 from torch import nn
@@ -511,16 +512,23 @@ def test_positions_of_a_run_made_before_there_was_a_choice():
 
 
 @pytest.mark.parametrize("elementwise_affine", [True, False])
-def test_a_norm_of_half_precision_is_in_half_precision(elementwise_affine):
-    """Under autocast too, where torch's own is float32 on some devices and with some weights; its sums are float32."""
+def test_a_norm_of_half_precision_is_in_half_precision(monkeypatch, elementwise_affine):
+    """Weight and values reach the kernel in one dtype, which autocast does not change; its sums are float32."""
     norm = randomise(RMSNorm(64, eps=1e-6, elementwise_affine=elementwise_affine))
     values = (300 * torch.randn(5, 64)).bfloat16()
+    expected = nn.RMSNorm.forward(norm, values.float())
+    kernel, seen = F.rms_norm, []
+
+    def seen_kernel(values, shape, weight, eps):
+        seen.append((values.dtype, weight if weight is None else weight.dtype, torch.is_autocast_enabled("cpu")))
+        return kernel(values, shape, weight, eps)
+
+    monkeypatch.setattr(F, "rms_norm", seen_kernel)
     with torch.autocast("cpu", torch.bfloat16):
         normalised = norm(values)
+    assert seen == [(torch.bfloat16, torch.bfloat16 if elementwise_affine else None, False)]
     assert normalised.dtype == torch.bfloat16
-    expected = nn.RMSNorm.forward(norm, values.float())
     torch.testing.assert_close(normalised.float(), expected, rtol=0.012, atol=1e-3)
     if elementwise_affine:
-        assert "FusedRmsNorm" in normalised.grad_fn.name()  # and not by eight kernels
         normalised.float().sum().backward()
         assert norm.weight.grad.dtype == torch.float32
