@@ -106,7 +106,13 @@ def write_random_cache(
     states.finish()
     plain = {"mean": [0.0] * latent_shape[0], "std": [1.0] * latent_shape[0]}
     encoder = text_encoder and {"name": str(text_encoder), "library": "transformers", "tokenizer": None}
-    fingerprint = {"dataset": {"name": "random numbers"}, "resolution": 8 * latent_shape[1]}
+    fingerprint = {
+        "dataset": {"name": "random numbers"},
+        "columns": {"image": "image", "caption": "text", "label": "label"},
+        "resolution": 8 * latent_shape[1],
+        "crop": "center",
+        "random_flip": False,
+    }
     if vae is not None:
         fingerprint["vae"] = codecs.describe(codecs.load_vae(str(vae)), str(vae))
     if text_encoder is not None:

@@ -30,8 +30,8 @@ class Bench:
         self.args, self.folder = args, folder
         self.flags = args.flags or SMALL
 
-    def cache(self, side: int) -> Path:
-        """A latent cache, made once for each size."""
+    def data(self, side: int) -> list[Any]:
+        """The flags of a latent cache, made once for each size."""
         folder = self.folder / f"cache-{side}"
         if not folder.exists():
             vae, text_encoder = self.folder / "vae", self.folder / "text"
@@ -39,7 +39,7 @@ class Bench:
                 save_vae(vae, (8, 8, 8, 8), 1)
                 save_text_encoder(text_encoder, num_layers=1)
             write_random_cache(folder, NUM_ROWS, (4, side, side), vae=vae, text_encoder=text_encoder)
-        return folder
+        return ["--latents_dir", folder, "--resolution", 8 * side]
 
     def steps(self, flags: list[Any], num_processes: int = 1) -> dict[str, float]:
         """The figures of benchmarks/train_steps.py."""
@@ -54,7 +54,7 @@ class Bench:
         run_python(*launch, ROOT / "benchmarks" / "train_steps.py", *settings, "--", *flags, threads=self.args.threads)
         return json.loads(output.read_text())["tables"][0][0]
 
-    def plan(self, cache: Path, samples: int) -> tuple[dict[str, float], dict[str, float]]:
+    def plan(self, side: int, samples: int) -> tuple[dict[str, float], dict[str, float]]:
         """What plan_budget.py says of so many samples a step, and what a training by its plan takes."""
         config = self.folder / "plan.yaml"
         config.unlink(missing_ok=True)
@@ -62,7 +62,7 @@ class Bench:
         if self.args.memory_cap_gb:
             settings += ["--memory_gb", self.args.memory_cap_gb]
         script = ROOT / "plan_budget.py"
-        said = run_python(script, *self.flags, "--latents_dir", cache, *settings, threads=self.args.threads)
+        said = run_python(script, *self.flags, *self.data(side), *settings, threads=self.args.threads)
         speed = float(said.partition("speed: ")[2].split()[0])
         memory, unit = said.partition("memory: ")[2].split()[:2]
         plan = yaml.safe_load(config.read_text())
@@ -74,7 +74,7 @@ class Bench:
 
 def processes_table(bench: Bench, counts: list[int], side: int, batch_size: int) -> list[dict[str, Any]]:
     """The same batch in each process. "of ideal" is the speed in units of the first row's, a process."""
-    flags = [*bench.flags, "--latents_dir", bench.cache(side), "--train_batch_size", batch_size]
+    flags = [*bench.flags, *bench.data(side), "--train_batch_size", batch_size]
     rows = [bench.steps(flags, count) for count in counts]
     ideal = rows[0]["samples/s"] / counts[0]
     return [row | {"of ideal": row["samples/s"] / (count * ideal)} for count, row in zip(counts, rows, strict=True)]
@@ -85,7 +85,7 @@ def sizes_table(bench: Bench, sides: list[int], batch_sizes: list[int]) -> list[
     rows = []
     for side in sides:
         for batch_size in batch_sizes:
-            flags = [*bench.flags, "--latents_dir", bench.cache(side), "--train_batch_size", batch_size]
+            flags = [*bench.flags, *bench.data(side), "--train_batch_size", batch_size]
             rows.append({"latents": f"{side} x {side}", **bench.steps(flags)})
             print(rows[-1], file=sys.stderr, flush=True)
     return rows
@@ -95,7 +95,7 @@ def plans_table(bench: Bench, sides: list[int], samples: int) -> list[dict[str, 
     """What was planned, and what it took."""
     rows = []
     for side in sides:
-        planned, measured = bench.plan(bench.cache(side), samples)
+        planned, measured = bench.plan(side, samples)
         row: dict[str, Any] = {"latents": f"{side} x {side}", "samples a step": samples}
         for name in planned:
             row |= {f"{name}, planned": planned[name], f"{name}, measured": measured[name]}
