@@ -350,7 +350,7 @@ def test_best_is_the_average_and_can_be_sampled(accelerator, cache, opened, flow
     trained = ConditionalDenoiser(average.denoiser, average.conditions)
     assert loss_of(trained) == pytest.approx(lowest["validation/loss"], rel=1e-6)
     trained.load_state_dict(load_file(uninterrupted / f"checkpoint-{step}" / "model.safetensors"))
-    assert loss_of(trained) != pytest.approx(lowest["validation/loss"], rel=1e-3)
+    assert loss_of(trained) != pytest.approx(lowest["validation/loss"], rel=1e-4)
     os.utime(uninterrupted / "best" / "model_index.json")
     assert newest_run(uninterrupted.parent) == uninterrupted
     result = run(

@@ -151,14 +151,15 @@ def test_steps_end_a_run_that_has_hours_left(clock, tmp_path):
 
 def test_hours_count_over_all_resumes(clock, tmp_path, monkeypatch):
     first = trained_steps(clock, tmp_path, hours=0.25)
-    assert json.loads((tmp_path / "elapsed.json").read_text())["seconds"] == first[-1][1] - 1000
+    assert first[-1][1] - 1000 > 900 - 71
+    assert json.loads((tmp_path / "elapsed.json").read_text())["seconds"] == 900  # what was kept free is spent too
     clock.now += 99_999  # a pause costs nothing
     again = Clock(monkeypatch)
     again.now = clock.now
     process = type("Process", (), {"create_time": lambda _, started=clock.now: started})
     monkeypatch.setattr(run_control.psutil, "Process", process)
     second = trained_steps(again, tmp_path, hours=0.5, resumed=True, first_step=len(first))
-    assert first[-1][1] - 1000 + second[-1][1] - clock.now == pytest.approx(1800, abs=41)
+    assert 900 + second[-1][1] - clock.now == pytest.approx(1800, abs=71)
     assert trained_steps(again, tmp_path, hours=0.5, resumed=True, first_step=len(first)) == []  # all is spent
 
 
@@ -196,7 +197,7 @@ def test_hours_of_a_script(cache, model_flags, tmp_path):
     assert checkpoint.name == f"checkpoint-{max(rates)}"
     assert min(rates.values()) < 0.8 * max(rates.values())
     assert (tmp_path / "run" / "model_index.json").is_file()
-    assert json.loads((tmp_path / "run" / "elapsed.json").read_text())["seconds"] > 4
+    assert json.loads((tmp_path / "run" / "elapsed.json").read_text())["seconds"] >= 8
     again = run(CLASS, *flags, "--max_train_hours", 8 / 3600, "--resume_from_checkpoint", "latest")
     assert "--max_train_hours are used up" in again.stderr
     assert scalars(tmp_path / "run", "train/learning_rate").keys() == rates.keys()

@@ -154,10 +154,10 @@ class RunControl:
             f"{how} a lower --learning_rate, or --mixed_precision no to find the cause"
         )
 
-    def save_elapsed(self) -> None:
+    def save_elapsed(self, at_least: float = 0.0) -> None:
         """Writes the time spent so far, for a process that goes on with this run."""
         if self.accelerator.is_main_process:
-            write_json(self.output_dir / ELAPSED_FILE, {"seconds": round(self._seconds(), 1)})
+            write_json(self.output_dir / ELAPSED_FILE, {"seconds": round(max(self._seconds(), at_least), 1)})
 
     def seconds_left(self, seconds_per_step: float) -> float:
         """Until the run will end, by steps or by hours, whichever comes first."""
@@ -174,4 +174,6 @@ class RunControl:
         elif self.reason_to_end is not None:
             logger.info("ended after step %d: %s", self.steps_done, self.reason_to_end)
         elif self.steps_done < self.max_train_steps:
+            # What was kept free for a step that might have been long is no time to go on with.
+            self.save_elapsed(at_least=self.max_seconds)
             logger.info("--max_train_hours are used up: %d steps in %.2f h", self.steps_done, self.seconds / 3600)
