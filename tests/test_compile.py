@@ -66,12 +66,13 @@ def compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("settings", ["", "bf16", "tread", "checkpointing"])
-@pytest.mark.parametrize("kind", DENOISERS)
+CASES = [(kind, "bf16") for kind in DENOISERS]
+CASES += [("dit, text", ""), ("dit, text", "tread"), ("dit, text", "checkpointing"), ("unet, text", "checkpointing")]
+
+
+@pytest.mark.parametrize(("kind", "settings"), CASES)
 def test_a_training_step_is_one_graph_and_compiled_once(compiler, kind, settings):
     """A break in the graph would cost a launch of its own on a GPU, and another graph minutes of compiling, on the way."""
-    if settings == "tread" and not kind.startswith("dit"):
-        pytest.skip("tokens of a modern DiT are routed")
     denoiser = DENOISERS[kind]().train()
     if settings == "checkpointing":
         denoiser.model.enable_gradient_checkpointing()
@@ -96,7 +97,8 @@ def test_what_accelerate_prepares_is_compiled_once(compiler):
     assert not compiler["graph_break"]
 
 
-@pytest.mark.parametrize("kind", ["dit", pytest.param("unet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dit", "unet"])
 def test_a_compiled_training_has_the_same_losses(cache, model_flags, tmp_path, kind):
     flags = [
         *TRAIN_FLAGS,
