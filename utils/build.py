@@ -101,7 +101,7 @@ def check_latents(base: ConditionalDenoiser, run_dir: Path, spec: LatentSpec) ->
             f"{BASE_FLAG}: {run_dir} knows latents of {base.model.config.in_channels} channels, and those of "
             f"--latents_dir have {spec.shape[0]}; precompute with the VAE of that run"
         )
-    whole = next(each for each in (run_dir, run_dir.parent) if (each / "vae").is_dir())
+    whole, _, _ = find_run(run_dir, BASE_FLAG)
     vaes = load_vae(spec.vae), load_vae(str(whole / "vae"))
     # Of a VAE into which a normalisation was folded only the layers next to the latents have changed.
     ours, theirs = (weights_hash(getattr(each, "decoder", each)) for each in vaes)

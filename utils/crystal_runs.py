@@ -15,7 +15,7 @@ from utils.condition_args import parse_conditions
 from utils.crystal_codec import load_crystal_vae
 from utils.data_crystals import CrystalTable, load_crystals
 from utils.errors import UserError
-from utils.export import load_settings
+from utils.export import find_run, load_settings
 from utils.files import sha256_json
 from utils.models.denoiser import ConditionalDenoiser, own_config
 from utils.models.dit import DIT_SIZES, DiT
@@ -109,8 +109,10 @@ def check_base(args: Namespace, base: ConditionalDenoiser, cache: SetCache) -> N
             "VAE of that run"
         )
     run_dir = Path(args.pretrained_model_name_or_path)
-    folder = next(each / "vae" for each in (run_dir, run_dir.parent) if (each / "vae").is_dir())
-    if weights_hash(load_crystal_vae(str(folder))) != cache.spec.fingerprint["vae"]["sha256"]:
-        raise UserError(f"{flag}: {run_dir} knows latents of another VAE; precompute --latents_dir with {folder}")
-    take_normalisation(args, cache, load_settings(folder.parent)[1])
+    whole, _, _ = find_run(run_dir, flag)
+    if weights_hash(load_crystal_vae(str(whole / "vae"))) != cache.spec.fingerprint["vae"]["sha256"]:
+        raise UserError(
+            f"{flag}: {run_dir} knows latents of another VAE; precompute --latents_dir with {whole / 'vae'}"
+        )
+    take_normalisation(args, cache, load_settings(whole)[1])
     use_conditions_of(base, cache, str(run_dir))
