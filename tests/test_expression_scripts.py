@@ -367,9 +367,13 @@ def test_normalisations_of_the_cache(caches, vae_run):
 
 def test_a_cache_killed_and_started_again(data, vae_run, caches, tmp_path):
     flags = [*cache_flags(data.few, vae_run), "--latents_dir", tmp_path / "cache"]
+    assert start(CACHE, *flags, fault=SignalAt("utils.files:replace_durably", 1)).wait_for_kill()  # with no plan.json
     assert start(CACHE, *flags, fault=SignalAt("utils.precompute_expression:encode_cells", 4)).wait_for_kill()
     assert not (tmp_path / "cache" / "latent_spec.json").exists()
     assert "dataset = " in refused(run(CACHE, *flags, "--split", "val", check=False))
+    run(CACHE, *flags)
+    assert contents(tmp_path / "cache") == contents(caches["train"])
+    (tmp_path / "cache" / "plan.json").write_text("{}")  # killed when all but its deletion was done
     run(CACHE, *flags)
     assert contents(tmp_path / "cache") == contents(caches["train"])
     before = snapshot(tmp_path / "cache")

@@ -135,9 +135,9 @@ def test_garbage_is_invalid_and_raises_nothing(what: str) -> None:
 def test_compositional_validity(formula: str, valid: bool) -> None:
     counts = parse_formula(formula)
     numbers = np.repeat(list(counts), list(counts.values()))
-    started = time.monotonic()
+    started = time.process_time()
     assert metrics_crystals.is_compositionally_valid(numbers) is valid
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize("name", ["perov_5", "mp_20_biternary"])
@@ -240,8 +240,8 @@ def test_what_hangs_fails_or_dies_costs_one_pair_and_no_other(planted) -> None:
     numbers = list(range(10, 70))
     numbers[7], numbers[20], numbers[30], numbers[40] = 1, 2, 3, 4
     started = time.monotonic()
-    found = match_pairs([(atom(number), NACL) for number in numbers], 2, 0.5, planted)
-    assert time.monotonic() - started < 30
+    found = match_pairs([(atom(number), NACL) for number in numbers], 2, 1.0, planted)
+    assert time.monotonic() - started < 55  # one that hangs takes 60
     assert found.rmsds == [None if number < 5 else number for number in numbers]
     assert (found.num_timed_out, found.num_failed) == (2, 2)
 
@@ -257,7 +257,7 @@ def test_a_few_pairs_are_timed_in_this_process(tmp_path, monkeypatch) -> None:
         return 1.0
 
     before = signal.getsignal(signal.SIGALRM)
-    found = match_pairs([(NACL_IN_CSCL, NACL), (NACL, NACL), (SRTIO3, NACL), (NACL_IN_CSCL, NACL)], 4, 0.2, slow)
+    found = match_pairs([(NACL_IN_CSCL, NACL), (NACL, NACL), (SRTIO3, NACL), (NACL_IN_CSCL, NACL)], 4, 1.0, slow)
     assert found == ([1.0, None, None, 1.0], 1, 1)
     assert signal.getsignal(signal.SIGALRM) is before
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import DATA, refused, run_script
-from helpers import ROOT, contents, run, snapshot, start
+from helpers import ROOT, SignalAt, contents, run, snapshot, start
 from PIL import Image
 
 from utils.cache_encoding import decode_ahead
@@ -67,7 +67,8 @@ def whole(flags, tmp_path_factory):
 def unfinished(flags, tmp_path_factory):
     """A cache that was killed after some shards."""
     folder = tmp_path_factory.mktemp("unfinished") / "cache"
-    assert start(PRECOMPUTE, *flags, "--latents_dir", folder).kill_when(lambda: num_shards(folder) >= 3)
+    fault = SignalAt("utils.cache_writer:ShardFolder.write", 4)
+    assert start(PRECOMPUTE, *flags, "--latents_dir", folder, fault=fault).wait_for_kill()
     assert not (folder / "latent_spec.json").exists()
     return folder
 
@@ -98,19 +99,34 @@ def test_skipped_images_are_counted_and_listed(whole):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_continued_it_is_the_same(flags, whole, tmp_path, processes):
-    """SIGKILL at random moments, again and again: what stands there at the end is, file for file, what one run leaves."""
+    """SIGKILL at random moments, again and again: what stands there at the end is, file for file, what one run leaves.
+    The moments are those before something is forced to the disk, under its temporary name or its own."""
     chance = random.Random(processes)
     folder = tmp_path / "cache"
-    kills, last = 0, num_shards(whole)
-    while (done := num_shards(folder)) < last and kills < 5:
-        aim = min(last, done + chance.randint(0, 9))
-        running = start(PRECOMPUTE, *flags, "--latents_dir", folder, processes=processes)
-        # At a random moment, too, within the writing of a shard.
-        kills += running.kill_when(lambda aim=aim: num_shards(folder) >= aim, delay=chance.uniform(0, 0.02))
-        assert not (folder / "latent_spec.json").exists() or num_shards(folder) == last
-    assert kills >= 3
+    for _ in range(5):
+        fault = SignalAt("os:fsync", chance.randint(1, 40 // processes), rank=chance.randrange(processes))
+        running = start(PRECOMPUTE, *flags, "--latents_dir", folder, processes=processes, fault=fault)
+        assert running.wait_for_kill(), running.wait().stderr
+        assert not (folder / "latent_spec.json").exists()
+    assert 10 < num_shards(folder) < num_shards(whole)
     run(PRECOMPUTE, *flags, "--latents_dir", folder, processes=processes)
     assert contents(folder) == contents(whole)
+
+
+def test_killed_while_it_writes_a_text_it_leaves_nothing_behind(flags, tmp_path):
+    """plan.json, a manifest, skipped.jsonl, ... latent_spec.json: each before it has its name; and before plan.json goes."""
+    flags = [*flags, "--max_samples", 20, "--max_skipped_fraction", 0.1, "--rows_per_shard", 32]
+    run(PRECOMPUTE, *flags, "--latents_dir", tmp_path / "whole")
+    texts = [SignalAt("utils.files:replace_durably", count) for count in range(1, 20)]
+    kills = 0
+    for number, fault in enumerate([SignalAt("pathlib:Path.unlink", 1), *texts]):
+        folder = tmp_path / str(number)
+        if not start(PRECOMPUTE, *flags, "--latents_dir", folder, fault=fault).wait_for_kill():
+            break
+        kills += 1
+        run(PRECOMPUTE, *flags, "--latents_dir", folder)
+        assert contents(folder) == contents(tmp_path / "whole"), fault
+    assert kills == 8
 
 
 def test_two_processes_make_the_cache_of_one(flags, whole, tmp_path):
@@ -487,7 +503,9 @@ def test_rows_are_decoded_ahead_of_the_encoder_across_chunks_and_no_further():
         for index, row, read in decode_ahead(iter(chunks), reader, pool, ahead=6):
             assert (index, row["value"], read) == (taken // 10, taken, {"row": taken, "image": taken})
             if taken == 9:  # the last row of a chunk: rows of the next one are there before it is asked for
-                time.sleep(0.05)
+                deadline = time.monotonic() + 30
+                while len(started) <= 13 and time.monotonic() < deadline:
+                    time.sleep(0.001)
                 assert len(started) > 13
             taken += 1
     assert taken == 40

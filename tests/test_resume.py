@@ -209,7 +209,8 @@ def test_latest_without_a_checkpoint_starts(common, uninterrupted, tmp_path):
     """In a folder that is not there yet, and in one whose only checkpoint was never completed."""
     script, _, flags = common["text unet"]
     folder = tmp_path / "run"
-    assert start(script, *flags, "--output_dir", folder, *LATEST).kill_when(lambda: (folder / "args.yaml").exists())
+    fault = SignalAt("utils.step_log:StepLog.step_done", 1)
+    assert start(script, *flags, "--output_dir", folder, *LATEST, fault=fault).wait_for_kill()
     assert steps_of(folder) == []
     half = folder / ".tmp-checkpoint-4"
     half.mkdir(exist_ok=True)
@@ -368,6 +369,17 @@ def test_accelerate_launch(common, uninterrupted, tmp_path):
     assert result.returncode == 0, result.stderr
     assert_identical(tmp_path / "run", uninterrupted("text unet"))
     assert set(contents(tmp_path / "run" / "unet")) == set(contents(uninterrupted("text unet") / "unet"))
+
+
+def test_killed_before_it_is_a_run(common, tmp_path):
+    """While it wrote args.yaml, by which a folder is known as a run's: the same command begins."""
+    script, _, flags = common["text unet"]
+    flags = [*flags, "--output_dir", tmp_path / "run", *LATEST]
+    assert start(script, *flags, fault=SignalAt("utils.files:replace_durably", 1)).wait_for_kill()
+    assert [path.name[:5] for path in (tmp_path / "run").iterdir()] == [".tmp-"]
+    assert start(script, *flags, fault=SignalAt("utils.step_log:StepLog.step_done", 1)).wait_for_kill()
+    assert (tmp_path / "run" / "args.yaml").is_file()
+    assert not list((tmp_path / "run").glob(".tmp-*"))
 
 
 def test_what_a_killed_process_was_writing_goes(tmp_path):

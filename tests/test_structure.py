@@ -8,7 +8,6 @@ import ast
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -481,11 +480,11 @@ def test_every_option_of_the_tools_is_read() -> None:
 
 
 def faults_of_help_run(command: list[str], name: str) -> list[str]:
-    """`--help` answers within two seconds of processor time, and before torch is imported."""
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    """`--help` answers within two seconds of processor time, and before torch is imported. How long it takes by the clock
+    says as much of what else the machine does."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - start
-    user = after.ru_utime - before.ru_utime
+    user = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before.ru_utime
     imported = {
         line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")
     }
@@ -494,8 +493,8 @@ def faults_of_help_run(command: list[str], name: str) -> list[str]:
         faults.append(f"{name} --help ended with {done.returncode}: {done.stderr.splitlines()[-1:]}")
     if "torch" in imported:
         faults.append(f"{name} --help imports torch; import it after the arguments are parsed")
-    if user > 2 or wall > 2 + 4:  # four seconds of waiting are a busy machine's
-        faults.append(f"{name} --help took {user:.1f} s of processor time, {wall:.1f} s in all; two are allowed")
+    if user > 2:
+        faults.append(f"{name} --help took {user:.1f} s of processor time; two are allowed")
     return faults
 
 

@@ -7,7 +7,6 @@ latents, sha256) appears the same way: a shard with a manifest is done, one with
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,15 @@ import numpy as np
 import pyarrow as pa
 
 from utils.errors import UserError
-from utils.files import read_json, replace_durably, sha256_file, write_json, write_text
+from utils.files import (
+    read_json,
+    remove_unfinished,
+    replace_durably,
+    sha256_file,
+    temporary_path,
+    write_json,
+    write_text,
+)
 
 
 def caption_id(caption: str) -> int:
@@ -80,7 +87,7 @@ class ShardFolder:
         """Writes a shard. Fixed-size columns are arrays (rows, n), others lists of Python values."""
         schema = self.features.arrow_schema
         arrays = [self._to_arrow(columns[field.name], field.type) for field in schema]
-        temporary = self.folder / f".tmp-{os.getpid()}-shard-{index:06d}.arrow"
+        temporary = temporary_path(self.arrow_path(index))
         with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
             writer.write_batch(pa.record_batch(arrays, schema=schema))
         digest = sha256_file(temporary)
@@ -108,8 +115,7 @@ class ShardFolder:
             if not self.is_done(index):
                 raise UserError(f"{self.folder}: shard {index} is missing; run the same command again, it continues")
         files = [self.arrow_path(i).name for i, manifest in enumerate(manifests) if manifest["num_rows"]]
-        for stray in self.folder.glob(".tmp-*"):  # left by a killed process
-            stray.unlink()
+        remove_unfinished(self.folder)
         datasets.DatasetInfo(features=self.features).write_to_directory(str(self.folder))
         state: dict[str, Any] = {
             "_data_files": [{"filename": name} for name in files],

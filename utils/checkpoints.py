@@ -18,7 +18,7 @@ from torch import nn
 
 from utils.ema import EMA
 from utils.errors import UserError
-from utils.files import fsync_path, read_json, sha256_file, write_json
+from utils.files import fsync_path, read_json, remove_unfinished, sha256_file, write_json
 from utils.sharding import load_state, save_state
 
 logger = logging.getLogger(__name__)
@@ -126,9 +126,7 @@ def prune(output_dir: Path, total_limit: int) -> None:
         shutil.rmtree(output_dir / f"checkpoint-{step}")
     for leftover in output_dir.glob(".tmp-checkpoint-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    for leftover in output_dir.glob(".tmp-*"):  # a text that was being written; the process that prunes writes none
-        if leftover.is_file():
-            leftover.unlink()
+    remove_unfinished(output_dir)  # texts; the process that prunes writes none
 
 
 def damage(checkpoint: Path) -> str | None:

@@ -9,9 +9,8 @@ from accelerate import Accelerator
 
 from utils.cache_writer import ChannelSums, ShardFolder, write_skipped
 from utils.codecs import Normalisation
-from utils.files import write_json
-from utils.latent_cache import SPEC_FILE, LatentSpec, check_fingerprint
-from utils.precompute import PLAN_FILE, claim_folder
+from utils.latent_cache import SPEC_FILE, LatentSpec
+from utils.precompute import claim_folder, complete_cache, finished_cache
 
 
 def found_or_made(
@@ -27,9 +26,7 @@ def found_or_made(
     is_finished = (cache_dir / SPEC_FILE).is_file()
     accelerator.wait_for_everyone()  # all have looked before one writes: what they find, they find alike
     if is_finished:
-        spec = LatentSpec.read(cache_dir)
-        check_fingerprint(spec.fingerprint, fingerprint, cache_dir)
-        return spec
+        return finished_cache(cache_dir, fingerprint, accelerator.is_main_process)
     if accelerator.is_main_process:
         claim_folder(cache_dir, fingerprint | {"rows_per_shard": rows_per_shard})
         write()
@@ -45,9 +42,8 @@ def finish_cache(
     of_vae: Normalisation,
     sums: ChannelSums,
 ) -> None:
-    """Completes a cache whose shards are written; its spec, with what was measured on the way, comes last."""
+    """Completes a cache whose shards are written; the spec says what was measured on the way."""
     shards.finish()
     write_skipped(cache_dir / "skipped.jsonl", skipped)
     normalisation = {"vae": asdict(of_vae), "measured": ChannelSums.combine([sums.to_json()])}
-    write_json(cache_dir / SPEC_FILE, asdict(replace(spec, normalisation=normalisation)))
-    (cache_dir / PLAN_FILE).unlink()
+    complete_cache(cache_dir, replace(spec, normalisation=normalisation))

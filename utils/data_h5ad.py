@@ -5,7 +5,6 @@ not at all.
 import contextlib
 import importlib
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from utils.errors import UserError
-from utils.files import replace_durably
+from utils.files import replace_durably, temporary_path
 
 logger = logging.getLogger(__name__)
 GZIP_MAGIC = b"\x1f\x8b"
@@ -121,7 +120,7 @@ def column_array(series: Any) -> np.ndarray | None:
 def write_h5ad(adata: Any, path: Path) -> None:
     """Writes an AnnData to a file that is complete or absent, with pandas 2 and 3."""
     settings = expression_package("anndata").settings
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary = temporary_path(path)
     # pandas 3 keeps text in arrays of its own, which anndata writes only where it is told that they may be written.
     allowed = {"allow_write_nullable_strings": True} if hasattr(settings, "allow_write_nullable_strings") else {}
     try:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.files import replace_durably
+from utils.files import remove_unfinished, replace_durably
 from utils.power_ema import gamma_of, power_decay, reconstruction_weights
 from utils.sharding import copy_full_, full
 
@@ -93,6 +93,7 @@ class EMA:
         """Keeps the power-function averages as they are after `global_step` optimizer steps, in float16, as EDM2
         does: a later average is a sum of many of them. Every process calls this; the main one writes."""
         if accelerator.is_main_process:
+            remove_unfinished(run_dir / SNAPSHOTS)
             for step, _, path in stored_snapshots(run_dir):
                 if step > global_step:
                     path.unlink()  # of a past that was given up

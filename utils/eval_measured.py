@@ -1,7 +1,6 @@
 """What was measured on images: features of samples, and features and statistics of real images, kept for next time."""
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from tqdm.auto import tqdm
 from utils.errors import UserError
 from utils.eval_images import Images, conversions
 from utils.features import Features, PixelFeatures
-from utils.files import replace_durably, sha256_json
+from utils.files import replace_durably, sha256_json, temporary_path
 from utils.metrics_images import Statistics
 
 
@@ -99,7 +98,7 @@ def save_measured(measured: Measured, extractor: Features, path: Path) -> None:
         "count": str(measured.count),
         "seen": json.dumps(measured.seen),
     }
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary = temporary_path(path)
     save_file(tensors, str(temporary), metadata)
     replace_durably(temporary, path)
 

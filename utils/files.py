@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+BEING_WRITTEN = ".tmp-"  # how the name of a file or folder begins while it is written
+
 
 def fsync_path(path: Path) -> None:
     """Forces a file's content, or a folder's entries, to the disk."""
@@ -23,9 +25,29 @@ def replace_durably(temporary: Path, final: Path) -> None:
     fsync_path(final.parent)
 
 
+def temporary_path(path: Path) -> Path:
+    """Where this process writes a file that will be `path`."""
+    return path.with_name(f"{BEING_WRITTEN}{os.getpid()}-{path.name}")
+
+
+def names_in(folder: Path) -> set[str]:
+    """What stands in a folder, apart from what was being written there when a process was killed; nothing stands in
+    one that does not exist.
+    """
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    return {name for name in names if not name.startswith(BEING_WRITTEN)}
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Deletes the files that killed processes were writing into a folder. Only where no process writes now."""
+    for path in folder.glob(f"{BEING_WRITTEN}*"):
+        if path.is_file():
+            path.unlink()
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary = temporary_path(path)
     temporary.write_text(text, encoding="utf-8")
     replace_durably(temporary, path)
 

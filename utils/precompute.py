@@ -27,7 +27,7 @@ from utils.cache_writer import (
 )
 from utils.data_images import BACKGROUNDS, Framing, ImageColumns
 from utils.errors import UserError
-from utils.files import read_json, write_json
+from utils.files import names_in, read_json, remove_unfinished, write_json
 from utils.latent_cache import SPEC_FILE, LatentSpec, check_fingerprint
 from utils.row_source import Source
 from utils.text_encoders import load_text_encoder
@@ -100,9 +100,7 @@ def build_latent_cache(
     encoders = load_encoders(args, has_captions=source.columns.caption is not None)
     fingerprint = fingerprint_of(args, source, encoders)
     if (cache_dir / SPEC_FILE).is_file():
-        spec = LatentSpec.read(cache_dir)
-        check_fingerprint(spec.fingerprint, fingerprint, cache_dir)
-        return spec
+        return finished_cache(cache_dir, fingerprint, accelerator.is_main_process)
     plan = fingerprint | {"rows_per_shard": args.rows_per_shard, "max_cached_captions": args.max_cached_captions}
     plan["mixed_precision"] = accelerator.mixed_precision  # shards of one cache are encoded alike
     with accelerator.main_process_first():
@@ -128,10 +126,26 @@ def claim_folder(cache_dir: Path, plan: dict[str, Any]) -> None:
     if (cache_dir / PLAN_FILE).is_file():
         check_fingerprint(read_json(cache_dir / PLAN_FILE), plan, cache_dir)
         return
-    if cache_dir.exists() and (not cache_dir.is_dir() or any(cache_dir.iterdir())):
+    if cache_dir.exists() and (not cache_dir.is_dir() or names_in(cache_dir)):
         raise UserError(f"--latents_dir: {cache_dir} is not empty and holds no latent cache; give another folder")
     cache_dir.mkdir(parents=True, exist_ok=True)
     write_json(cache_dir / PLAN_FILE, plan)
+
+
+def complete_cache(cache_dir: Path, spec: LatentSpec) -> None:
+    """Writes the spec by which readers know that the cache is whole, and takes away what an unfinished one has."""
+    remove_unfinished(cache_dir)
+    write_json(cache_dir / SPEC_FILE, asdict(spec))
+    (cache_dir / PLAN_FILE).unlink()
+
+
+def finished_cache(cache_dir: Path, fingerprint: dict[str, Any], is_main_process: bool) -> LatentSpec:
+    """The spec of a finished cache. Raises UserError if the cache is another one."""
+    spec = LatentSpec.read(cache_dir)
+    check_fingerprint(spec.fingerprint, fingerprint, cache_dir)
+    if is_main_process and (cache_dir / PLAN_FILE).is_file():
+        (cache_dir / PLAN_FILE).unlink()  # the process that wrote the spec was killed before it did so
+    return spec
 
 
 def write_latents(
@@ -233,7 +247,7 @@ def finish_cache(
     encoders: Encoders,
     fingerprint: dict[str, Any],
 ) -> None:
-    """Makes the tables loadable and, last of all, writes the spec by which readers know that the cache is whole."""
+    """Makes the tables loadable and completes the cache."""
     manifests = latents.finish()
     if captions is not None:
         features = caption_features(captions["content"], int(np.prod(captions["shape"])))
@@ -267,5 +281,4 @@ def finish_cache(
         text_encoder=text_encoder,
         fingerprint=fingerprint,
     )
-    write_json(cache_dir / SPEC_FILE, asdict(spec))
-    (cache_dir / PLAN_FILE).unlink()
+    complete_cache(cache_dir, spec)

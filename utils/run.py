@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from utils.draws import PositionBatches, identity
 from utils.ema import EMA
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import names_in, remove_unfinished, write_text
 from utils.run_control import SIGNALS, RunControl
 from utils.sharding import join_fsdp, whole_copy
 
@@ -81,7 +81,7 @@ def check_output_dir(output_dir: Path, resume_from_checkpoint: str | None, accel
     """Raises UserError for a folder that is taken: by another run, unless this one resumes, or by anything else."""
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir: {output_dir} is a file; give a folder")
-    contents = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set()
+    contents = names_in(output_dir)
     contents -= {"latents", "counts"}  # what a run makes for itself, perhaps before it was killed
     if contents and "args.yaml" not in contents:
         raise UserError(f"--output_dir: {output_dir} is not empty and holds no run; give another folder")
@@ -97,6 +97,7 @@ def save_args(args: Namespace, output_dir: Path, accelerator: Accelerator) -> No
     """Writes `args.yaml`, which as --config repeats the run; from then on the folder is this run's."""
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(output_dir)
         saved = {name: value for name, value in sorted(vars(args).items()) if name not in ("config", "given", "typed")}
         write_text(output_dir / "args.yaml", yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
 
