@@ -191,6 +191,7 @@ def main(args: argparse.Namespace) -> None:
         for _ in range(args.gradient_accumulation_steps):
             batch = run.to_device(next(batches), accelerator.device)
             draws = SampleDraws(args.seed, batch["positions"], accelerator.device)
+            draws.seed_dropout()
             with accelerator.accumulate(denoiser):
                 latents = cache.normalise(batch, draws)  # (B, C, H, W)
                 noise = objective.sample_noise(latents, draws)  # (B, C, H, W)

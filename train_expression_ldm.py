@@ -156,6 +156,7 @@ def main(args: argparse.Namespace) -> None:
         for _ in range(args.gradient_accumulation_steps):
             batch = run.to_device(next(batches), accelerator.device)
             draws = SampleDraws(args.seed, batch["positions"], accelerator.device)
+            draws.seed_dropout()
             with accelerator.accumulate(denoiser):
                 if args.joint_vae:
                     latents, nll, kl = encode_jointly(denoiser, cache, batch, draws, args.joint_latents == "live")

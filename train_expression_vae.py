@@ -121,6 +121,7 @@ def main(args: argparse.Namespace) -> None:
         for _ in range(args.gradient_accumulation_steps):
             batch = run.to_device(next(batches), accelerator.device)
             draws = SampleDraws(args.seed, batch.pop("positions"), accelerator.device)
+            draws.seed_dropout()
             with accelerator.accumulate(autoencoder):
                 noise = draws.normal("posterior", (len(batch["counts"]), args.latent_channels))  # (B, D)
                 parameters, posterior = autoencoder(batch, noise)

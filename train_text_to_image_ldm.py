@@ -170,6 +170,7 @@ def main(args: argparse.Namespace) -> None:
         for _ in range(args.gradient_accumulation_steps):
             batch = run.to_device(next(batches), accelerator.device)
             draws = SampleDraws(args.seed, batch["positions"], accelerator.device)
+            draws.seed_dropout()
             if encodes_in_loop:
                 with torch.no_grad(), accelerator.autocast():
                     batch["encoder_hidden_states"] = frozen.text_encoder(batch["input_ids"])[0]  # (B, S, D)

@@ -113,6 +113,26 @@ class NotFinite(Fault):
         return value
 
 
+@dataclass(frozen=True)
+class SeedsWrittenDown(Fault):
+    """No fault: at each call, what torch's own generators were last seeded with, on a line of the file `path`."""
+
+    path: str = ""
+
+    def call(self, number, function):
+        import torch
+
+        with open(self.path, "a") as file:
+            file.write(f"{torch.initial_seed()}\n")
+        return function()
+
+
+def dropout_seeds(script: str, *flags: object, path: Path, **settings: Any) -> list[int]:
+    """Runs a trainer; what dropout was seeded with in each of its micro-steps, in their order."""
+    run(script, *flags, fault=SeedsWrittenDown("utils.step_log:StepLog.add", 0, path=str(path)), **settings)
+    return [int(line) for line in path.read_text().splitlines()]
+
+
 def _run_as_main(
     script: str, flags: list[str], environment: dict[str, str], out: str, err: str, fault: Fault | None
 ) -> None:

@@ -113,6 +113,19 @@ def test_global_random_state_is_left_alone():
     assert np.array_equal(StreamOrder(3, 10).rows(np.arange(25)), rows)
 
 
+def test_dropout_masks_belong_to_the_batch():
+    """Two batches of a step have different ones, as two processes have; a batch that is drawn again has the same."""
+
+    def mask(positions):
+        SampleDraws(3, torch.tensor(positions)).seed_dropout()
+        return torch.nn.functional.dropout(torch.ones(4, 100)) > 0
+
+    first, other = mask([0, 1, 2, 3]), mask([4, 5, 6, 7])
+    assert torch.equal(mask([0, 1, 2, 3]), first)
+    assert 0.4 < (first == other).float().mean() < 0.6
+    assert 0.4 < (first[0] == first[1]).float().mean() < 0.6
+
+
 # Which positions a process reads
 
 

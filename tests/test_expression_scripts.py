@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import DIT_CONFIG, refused
-from helpers import SignalAt, checkpoint_tensors, contents, differing, run, scalars, snapshot, start
+from helpers import SignalAt, checkpoint_tensors, contents, differing, dropout_seeds, run, scalars, snapshot, start
 from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 
@@ -27,7 +27,7 @@ from utils.column_cache import category_name
 from utils.data_cells import open_cells
 from utils.data_expression import read_table, stratified_split
 from utils.data_genes import choose_genes
-from utils.draws import SampleDraws, StreamOrder
+from utils.draws import SampleDraws, StreamOrder, keys
 from utils.errors import UserError
 from utils.expression_codec import load_expression_vae
 from utils.expression_export import load_columns, load_expression_run
@@ -278,6 +278,16 @@ def test_killed_and_resumed_autoencoder_is_bit_identical(data, vae_run, tmp_path
     assert len(same) == 7
     assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
     assert scalars(tmp_path / "run", "train/loss") == scalars(vae_run, "train/loss")
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "joint denoiser"])
+def test_each_batch_has_dropout_masks_of_its_own(data, joint_flags, tmp_path, name):
+    """Those of its first sample, as all draws are."""
+    flags = joint_flags if name == "joint denoiser" else ["--dataset_name", data.few, *TRAIN_VAE]
+    flags = [*flags, "--train_batch_size", 4, "--gradient_accumulation_steps", 2, "--max_train_steps", 2, "--seed", 5]
+    script = LDM if name == "joint denoiser" else VAE
+    seeds = dropout_seeds(script, *flags, "--output_dir", tmp_path / "run", path=tmp_path / "seeds")
+    assert seeds == [int(key >> np.uint64(1)) for key in keys(5, "dropout", np.array([0, 4, 8, 12]))]
 
 
 def test_two_processes_train_one_autoencoder(data, batched, tmp_path):

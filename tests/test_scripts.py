@@ -7,8 +7,11 @@ import pytest
 import torch
 import yaml
 from conftest import GRID_FLAGS, TRAIN_FLAGS, run_script
+from helpers import dropout_seeds
 from PIL import Image
 from safetensors.torch import load_file
+
+from utils.draws import keys
 
 
 def test_run_folder_is_complete(text_run):
@@ -176,6 +179,24 @@ def test_image_vae_measures_its_latents(image_folder, tmp_path):
     assert (tmp_path / "vae" / "samples" / "step-0000030.png").is_file()
     saved = yaml.safe_load((tmp_path / "vae" / "args.yaml").read_text())
     assert saved["vae_size"] == "fast"
+
+
+@pytest.mark.parametrize("script", ["train_text_to_image_ldm.py", "train_class_cond_ldm.py"])
+def test_each_batch_has_dropout_masks_of_its_own(cache, model_flags, tmp_path, script):
+    """Those of its first sample, as all draws are; so no two processes have the same."""
+    flags = [
+        "--latents_dir",
+        cache,
+        *model_flags["unet"],
+        *TRAIN_FLAGS,
+        "--gradient_accumulation_steps",
+        2,
+        "--seed",
+        5,
+    ]
+    flags += ["--train_batch_size", 4, "--max_train_steps", 2, "--output_dir", tmp_path / "run"]
+    seeds = dropout_seeds(script, *flags, path=tmp_path / "seeds")
+    assert seeds == [int(key >> np.uint64(1)) for key in keys(5, "dropout", np.array([0, 4, 8, 12]))]
 
 
 def test_the_two_trainers_share_their_loop():

@@ -60,6 +60,13 @@ class SampleDraws:
             row.normal_(generator=self.generator.manual_seed(int(key >> np.uint64(1))))
         return normals
 
+    def seed_dropout(self) -> None:
+        """Seeds torch's own generators, which dropout draws from, by the first sample of the batch: no two processes
+        or micro-steps have the same masks, and a resumed run has those of the killed one. They alone depend on how the
+        stream is cut.
+        """
+        torch.manual_seed(int(keys(self.seed, "dropout", self.positions[:1])[0] >> np.uint64(1)))
+
     def subset(self, name: str, size: int, count: int) -> Tensor:
         """`count` of the numbers 0 to `size` - 1, ascending: (B, count) int64, every choice as likely as any other."""
         with np.errstate(over="ignore"):  # each row is SplitMix64's stream from the sample's key on
