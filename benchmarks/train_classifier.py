@@ -19,7 +19,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.data_images import BACKGROUNDS, Framing, resolve_columns, undecoded
+from utils.data_images import resolve_columns, undecoded
+from utils.image_pixels import BACKGROUNDS, Framing
 from utils.image_sources import open_image_dataset
 from utils.image_stream import to_pixels
 from utils.models.classifier import ImageClassifier

@@ -19,17 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from utils import data_images, image_sources
-from utils.data_images import (
-    BadImage,
-    Framing,
-    decode_image,
-    normalise_captions,
-    resize_and_crop,
-    resolve_columns,
-    undecoded,
-)
+from utils import image_sources
+from utils.data_images import ImageColumns, normalise_captions, resolve_columns, undecoded
 from utils.errors import UserError
+from utils.image_pixels import BadImage, Framing, decode_image, resize_and_crop
 from utils.image_sources import dataset_identity, open_image_dataset
 
 REAL_DATA = Path(os.environ.get("LDM_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -719,7 +712,7 @@ IMAGES = [{"bytes": encode(noise(8, 8, seed)), "path": None} for seed in range(2
 def test_columns_of_both_kinds_of_dataset(make):
     dataset = make(photo=IMAGES, text=["a", "b"], label=[0, 4])
     columns = resolve_columns(dataset, None, "text", "label")
-    assert columns == data_images.ImageColumns("photo", "text", "label", None, None)
+    assert columns == ImageColumns("photo", "text", "label", None, None)
     for flag, names in {
         "--image_column": ("wrong", None, None),
         "--caption_column": ("photo", "wrong", None),

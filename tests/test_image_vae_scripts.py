@@ -84,9 +84,9 @@ def test_psnr_and_rfid_are_those_of_the_exported_model(whole, classifier, image_
     """Measured again from the files, with none of the run's code but the choice of rows."""
     from diffusers import AutoencoderKL
 
-    from utils.data_images import resize_and_crop
     from utils.features import load_features
     from utils.held_out import in_fixed_order
+    from utils.image_pixels import resize_and_crop
     from utils.metrics_images import Statistics, frechet_distance
 
     folder, _ = whole

@@ -11,7 +11,7 @@ from conftest import TRAIN_FLAGS, refused, run_script
 from PIL import Image
 
 from utils import codecs
-from utils.data_images import BACKGROUNDS, Framing
+from utils.image_pixels import BACKGROUNDS, Framing
 from utils.latent_cache import LatentCache
 from utils.models.pixel_codec import PixelCodec
 

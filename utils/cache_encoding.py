@@ -13,8 +13,9 @@ import torch
 from utils import codecs
 from utils.cache_writer import ChannelSums, caption_id
 from utils.conditions import encode_text, tokenize
-from utils.data_images import BadImage, Framing, ImageColumns, normalise_captions
+from utils.data_images import ImageColumns, normalise_captions
 from utils.errors import UserError
+from utils.image_pixels import BadImage, Framing
 
 Autocast = Callable[[], AbstractContextManager]
 

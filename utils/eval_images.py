@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.data_images import BadImage, decode_image, normalise_captions, resolve_columns, undecoded
+from utils.data_images import normalise_captions, resolve_columns, undecoded
 from utils.errors import UserError
 from utils.features import clean_resize
+from utils.image_pixels import BadImage, decode_image
 from utils.image_sources import dataset_identity, open_image_dataset
 from utils.metrics_intervals import rows_at_most
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import datasets
 
-from utils.data_images import ImageDataset, short_reason
-from utils.errors import UserError
+from utils.data_images import ImageDataset
+from utils.errors import UserError, short_reason
 from utils.image_folders import IMAGE_SUFFIXES, SPLIT_NAMES, folder_files, open_image_folder
 
 logger = logging.getLogger(__name__)

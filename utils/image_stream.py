@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.data_images import BadImage, Framing
 from utils.draws import StreamOrder, uniform_draws
 from utils.errors import UserError
+from utils.image_pixels import BadImage, Framing
 
 logger = logging.getLogger(__name__)
 

@@ -25,9 +25,10 @@ from utils.cache_writer import (
     latent_features,
     write_skipped,
 )
-from utils.data_images import BACKGROUNDS, Framing, ImageColumns
+from utils.data_images import ImageColumns
 from utils.errors import UserError
 from utils.files import names_in, read_json, remove_unfinished, write_json
+from utils.image_pixels import BACKGROUNDS, Framing
 from utils.latent_cache import SPEC_FILE, LatentSpec, check_fingerprint
 from utils.row_source import Source
 from utils.text_encoders import load_text_encoder

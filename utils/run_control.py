@@ -165,7 +165,9 @@ class RunControl:
 
     def say_how_it_ended(self) -> None:
         """One line on why training stopped before its last step, and how to go on."""
-        self.save_elapsed()
+        is_out_of_time = self.steps_done < self.max_train_steps and not self.interrupted and self.reason_to_end is None
+        # What was kept free for a step that might have been long is no time to go on with.
+        self.save_elapsed(at_least=self.max_seconds if is_out_of_time else 0.0)
         if self.interrupted:
             logger.info(
                 "stopped by a signal after step %d; go on with the same command and --resume_from_checkpoint latest",
@@ -173,7 +175,5 @@ class RunControl:
             )
         elif self.reason_to_end is not None:
             logger.info("ended after step %d: %s", self.steps_done, self.reason_to_end)
-        elif self.steps_done < self.max_train_steps:
-            # What was kept free for a step that might have been long is no time to go on with.
-            self.save_elapsed(at_least=self.max_seconds)
+        elif is_out_of_time:
             logger.info("--max_train_hours are used up: %d steps in %.2f h", self.steps_done, self.seconds / 3600)

@@ -11,10 +11,11 @@ from accelerate.utils import gather_object
 
 from utils import codecs
 from utils.cache_parts import pool, readers_of, unevenness
-from utils.data_images import BACKGROUNDS, Framing, resolve_columns, undecoded
+from utils.data_images import resolve_columns, undecoded
 from utils.errors import UserError
 from utils.files import sha256_json
 from utils.held_out import HeldOut, hold_out, in_fixed_order, open_split
+from utils.image_pixels import BACKGROUNDS, Framing
 from utils.image_sources import dataset_identity, open_image_dataset
 from utils.image_stream import ImageStream
 from utils.latent_cache import LatentCache, LatentSpec, check_fingerprint
