@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TRAIN_FLAGS, refused, run_script
 from diffusers.models.attention_processor import Attention
+from helpers import run
 from PIL import Image
 
 from utils.export import load_run
@@ -27,7 +28,7 @@ def common():
 def sampled(run_dir, output_dir, *flags, check=True):
     """Images of a run, (N, H, W, 3)."""
     settings = ["--num_inference_steps", 3, "--num_images_per_prompt", 2, "--guidance_scale", 3, "--seed", 5]
-    done = run_script("sample.py", "--model", run_dir, *settings, "--output_dir", output_dir, *flags, check=check)
+    done = run("sample.py", "--model", run_dir, *settings, "--output_dir", output_dir, *flags, check=check)
     if not check:
         return done
     return np.stack([np.asarray(Image.open(path), dtype=int) for path in sorted(output_dir.glob("0*.png"))])

@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import TRAIN_FLAGS, refused, run_script
+from conftest import TRAIN_FLAGS, refused
+from helpers import run
 from PIL import Image
 
 from utils import codecs
@@ -26,7 +27,7 @@ def pixel_run(pixel_flags, model_flags, tmp_path_factory):
     """A class-conditional run on pixels, and its cache in `latents/`."""
     folder = tmp_path_factory.mktemp("pixels") / "run"
     flags = [*model_flags["dit"], *TRAIN_FLAGS, "--center_crop", "--latent_normalisation", "measured"]
-    run_script("train_class_cond_ldm.py", *pixel_flags, *flags, "--output_dir", folder)
+    run("train_class_cond_ldm.py", *pixel_flags, *flags, "--output_dir", folder)
     return folder
 
 
@@ -53,7 +54,7 @@ def test_the_cache_holds_the_pixels(pixel_run, image_folder):
 
 def test_a_run_on_pixels_is_sampled_by_us_and_by_diffusers(pixel_run, tmp_path):
     flags = ["--class_labels", 1, "--num_images_per_prompt", 1, "--num_inference_steps", 3, "--guidance_scale", 2]
-    run_script("sample.py", "--model", pixel_run, *flags, "--seed", 5, "--output_dir", tmp_path / "s")
+    run("sample.py", "--model", pixel_run, *flags, "--seed", 5, "--output_dir", tmp_path / "s")
     code = f"""
 import torch
 from diffusers import DiffusionPipeline
@@ -75,12 +76,12 @@ image.save({str(tmp_path / "stock.png")!r})
 def test_pixels_and_a_vae_contradict(pixel_flags, tiny_vae, cache, model_flags, tmp_path):
     flags = [*pixel_flags, "--pretrained_vae_model_name_or_path", tiny_vae, "--latents_dir", tmp_path / "latents"]
     assert "--codec pixels with --pretrained_vae_model_name_or_path" in refused(
-        run_script("precompute_latents.py", *flags, check=False)
+        run("precompute_latents.py", *flags, check=False)
     )
     flags = ["--latents_dir", cache, "--codec", "pixels", *model_flags["dit"], "--output_dir", tmp_path / "run"]
-    assert "was made with vae = " in refused(run_script("train_class_cond_ldm.py", *flags, check=False))
+    assert "was made with vae = " in refused(run("train_class_cond_ldm.py", *flags, check=False))
 
 
 def test_moments_of_pixels_are_refused(pixel_flags, tmp_path):
     flags = [*pixel_flags, "--latent_content", "moments", "--latents_dir", tmp_path / "latents"]
-    assert "PixelCodec has no posterior" in refused(run_script("precompute_latents.py", *flags, check=False))
+    assert "PixelCodec has no posterior" in refused(run("precompute_latents.py", *flags, check=False))

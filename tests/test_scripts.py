@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from conftest import GRID_FLAGS, TRAIN_FLAGS, run_script
-from helpers import dropout_seeds
+from helpers import dropout_seeds, run
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -56,7 +56,7 @@ def test_stable_diffusion_pipeline_gives_the_same_image(text_run, tmp_path):
     from diffusers import StableDiffusionPipeline
 
     flags = ["--num_inference_steps", 5, "--guidance_scale", 3, "--seed", 7, "--num_images_per_prompt", 1]
-    run_script("sample.py", "--model", text_run, "--prompt", "a red square", *flags, "--output_dir", tmp_path / "s")
+    run("sample.py", "--model", text_run, "--prompt", "a red square", *flags, "--output_dir", tmp_path / "s")
     ours = np.asarray(Image.open(tmp_path / "s" / "00000.png"), dtype=int)
     pipeline = StableDiffusionPipeline.from_pretrained(text_run)
     stock = pipeline(
@@ -76,7 +76,7 @@ def test_diffusion_pipeline_loads_a_dit_run(class_run, tmp_path):
     import subprocess
     import sys
 
-    run_script(
+    run(
         "sample.py", "--model", class_run, "--class_labels", 2, "--num_inference_steps", 3, "--guidance_scale", 2,
         "--num_images_per_prompt", 1, "--seed", 5, "--output_dir", tmp_path / "s",
     )  # fmt: skip
@@ -98,7 +98,7 @@ image.save({str(tmp_path / "stock.png")!r})
 def test_images_do_not_depend_on_the_batch_size(class_run, tmp_path):
     """The same seed gives the same image, to rounding, whatever batch it was made in."""
     for batch_size in (1, 5):
-        run_script(
+        run(
             "sample.py", "--model", class_run, "--class_labels", 0, 1, 2, "--num_images_per_prompt", 2,
             "--num_inference_steps", 3, "--batch_size", batch_size, "--output_dir", tmp_path / str(batch_size),
         )  # fmt: skip
@@ -110,7 +110,7 @@ def test_images_do_not_depend_on_the_batch_size(class_run, tmp_path):
 
 
 def test_png_carries_its_parameters(text_run, tmp_path):
-    run_script(
+    run(
         "sample.py", "--model", text_run, "--prompt", "red", "--prompt", "blue", "--num_images_per_prompt", 2, "--seed", 3,
         "--num_inference_steps", 2, "--negative_prompt", "green", "--scheduler", "dpmsolver++", "--output_dir", tmp_path / "s",
     )  # fmt: skip
@@ -127,9 +127,9 @@ def test_png_carries_its_parameters(text_run, tmp_path):
 
 def test_a_checkpoint_can_be_sampled_before_the_run_ends(text_run, tmp_path):
     flags = ["--prompt", "red", "--num_images_per_prompt", 1, "--num_inference_steps", 2]
-    run_script("sample.py", "--model", text_run, *flags, "--output_dir", tmp_path / "end")
-    run_script("sample.py", "--model", text_run / "checkpoint-8", *flags, "--output_dir", tmp_path / "same")
-    run_script("sample.py", "--model", text_run / "checkpoint-4", *flags, "--output_dir", tmp_path / "earlier")
+    run("sample.py", "--model", text_run, *flags, "--output_dir", tmp_path / "end")
+    run("sample.py", "--model", text_run / "checkpoint-8", *flags, "--output_dir", tmp_path / "same")
+    run("sample.py", "--model", text_run / "checkpoint-4", *flags, "--output_dir", tmp_path / "earlier")
     pixels = [np.asarray(Image.open(tmp_path / name / "00000.png")) for name in ("end", "same", "earlier")]
     assert np.array_equal(pixels[0], pixels[1])
     assert not np.array_equal(pixels[0], pixels[2])
@@ -137,12 +137,12 @@ def test_a_checkpoint_can_be_sampled_before_the_run_ends(text_run, tmp_path):
 
 @pytest.mark.parametrize("model", ["dit", "unet"])
 def test_unconditional(cache, model_flags, model, tmp_path):
-    run_script(
+    run(
         "train_class_cond_ldm.py", "--unconditional", "--latents_dir", cache, "--output_dir", tmp_path / "run",
         *model_flags[model], *TRAIN_FLAGS, *GRID_FLAGS,
     )  # fmt: skip
     assert (tmp_path / "run" / "samples" / "step-0000008.png").is_file()
-    run_script("sample.py", "--model", tmp_path / "run", "--num_images_per_prompt", 3, "--num_inference_steps", 2)
+    run("sample.py", "--model", tmp_path / "run", "--num_images_per_prompt", 3, "--num_inference_steps", 2)
     assert len(list((tmp_path / "run" / "sampled" / "0000").glob("0*.png"))) == 3
 
 
@@ -160,7 +160,7 @@ def test_image_vae_measures_its_latents(image_folder, tmp_path):
     """The stored scaling and shift make the latents of the training images have mean 0 and std 1."""
     from diffusers import AutoencoderKL
 
-    run_script(
+    run(
         "train_image_vae.py", "--train_data_dir", image_folder, "--resolution", 16, "--vae_size", "fast", "--center_crop",
         "--max_train_steps", 30, "--train_batch_size", 8, "--learning_rate", 2e-3, "--lr_warmup_steps", 5,
         "--validation_steps", 30, "--checkpointing_steps", 15, "--logging_steps", 5, "--output_dir", tmp_path / "vae",
