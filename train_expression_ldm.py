@@ -192,10 +192,10 @@ def main(args: argparse.Namespace) -> None:
             control.end_early(evaluator.reason_to_end)
         if done % args.logging_steps == 0 or control.is_last:
             progress.set_postfix(step_log.flush(learning_rate, done))
+        if ema is not None and (done % args.ema_snapshot_steps == 0 or control.is_finished):
+            ema.save_snapshots(accelerator, output_dir, done)  # before the checkpoint: a run goes on after that
         if done % args.checkpointing_steps == 0 or control.is_last:
             saver.save(done)
-        if ema is not None and (done % args.ema_snapshot_steps == 0 or control.is_finished):
-            ema.save_snapshots(accelerator, output_dir, done)
         if done % args.validation_steps == 0 or control.is_finished:
             with run.averaged_weights(accelerator, model, ema) as averaged:
                 samples.save(averaged, done)

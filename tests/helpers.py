@@ -127,10 +127,11 @@ class SeedsWrittenDown(Fault):
         return function()
 
 
-def dropout_seeds(script: str, *flags: object, path: Path, **settings: Any) -> list[int]:
-    """Runs a trainer; what dropout was seeded with in each of its micro-steps, in their order."""
-    run(script, *flags, fault=SeedsWrittenDown("utils.step_log:StepLog.add", 0, path=str(path)), **settings)
-    return [int(line) for line in path.read_text().splitlines()]
+def dropout_seeds(script: str, *flags: object, path: Path, rank: int = 0, **settings: Any) -> list[int]:
+    """Runs a trainer; what dropout was seeded with in each micro-step of a process, in their order. It is looked at
+    when noise is drawn, which is before the model is called."""
+    run(script, *flags, fault=SeedsWrittenDown("utils.draws:SampleDraws.normal", 0, rank, str(path)), **settings)
+    return list(dict.fromkeys(int(line) for line in path.read_text().splitlines()))
 
 
 def _run_as_main(

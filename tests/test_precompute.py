@@ -6,6 +6,7 @@ import random
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -17,7 +18,8 @@ from helpers import ROOT, SignalAt, contents, run, snapshot, start
 from PIL import Image
 
 from utils.cache_encoding import decode_ahead
-from utils.latent_cache import LatentCache
+from utils.latent_cache import LatentCache, LatentSpec
+from utils.precompute import finished_cache
 
 PRECOMPUTE = "precompute_latents.py"
 NUM_IMAGES, BAD = 200, {3: b"", 77: b"not an image", 130: None}  # None: cut short
@@ -108,7 +110,7 @@ def test_killed_and_continued_it_is_the_same(flags, whole, tmp_path, processes):
         running = start(PRECOMPUTE, *flags, "--latents_dir", folder, processes=processes, fault=fault)
         assert running.wait_for_kill(), running.wait().stderr
         assert not (folder / "latent_spec.json").exists()
-    assert 10 < num_shards(folder) < num_shards(whole)
+    assert 0 < num_shards(folder) < num_shards(whole)
     run(PRECOMPUTE, *flags, "--latents_dir", folder, processes=processes)
     assert contents(folder) == contents(whole)
 
@@ -117,16 +119,31 @@ def test_killed_while_it_writes_a_text_it_leaves_nothing_behind(flags, tmp_path)
     """plan.json, a manifest, skipped.jsonl, ... latent_spec.json: each before it has its name; and before plan.json goes."""
     flags = [*flags, "--max_samples", 20, "--max_skipped_fraction", 0.1, "--rows_per_shard", 32]
     run(PRECOMPUTE, *flags, "--latents_dir", tmp_path / "whole")
-    texts = [SignalAt("utils.files:replace_durably", count) for count in range(1, 20)]
-    kills = 0
-    for number, fault in enumerate([SignalAt("pathlib:Path.unlink", 1), *texts]):
-        folder = tmp_path / str(number)
+    last = tmp_path / "last"
+    assert start(PRECOMPUTE, *flags, "--latents_dir", last, fault=SignalAt("pathlib:Path.unlink", 1)).wait_for_kill()
+    assert {"plan.json", "latent_spec.json"} <= contents(last).keys()
+    run(PRECOMPUTE, *flags, "--latents_dir", last)
+    assert contents(last) == contents(tmp_path / "whole")
+    for count in range(1, 20):
+        folder, fault = tmp_path / str(count), SignalAt("utils.files:replace_durably", count)
         if not start(PRECOMPUTE, *flags, "--latents_dir", folder, fault=fault).wait_for_kill():
             break
-        kills += 1
         run(PRECOMPUTE, *flags, "--latents_dir", folder)
         assert contents(folder) == contents(tmp_path / "whole"), fault
-    assert kills == 8
+    assert count == 8  # seven texts, and then it was not killed
+
+
+def test_a_finished_cache_that_nothing_can_be_written_to_is_read(whole, tmp_path, monkeypatch):
+    """With the plan.json that a killed process left there."""
+    shutil.copytree(whole, tmp_path / "cache")
+    (tmp_path / "cache" / "plan.json").write_text("{}")
+
+    def refuse(path, missing_ok=False):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    spec = LatentSpec.read(whole)
+    assert finished_cache(tmp_path / "cache", spec.fingerprint, is_main_process=True) == spec
 
 
 def test_two_processes_make_the_cache_of_one(flags, whole, tmp_path):

@@ -14,7 +14,10 @@ from conftest import ROOT, cache_flags, refused, run_script
 from helpers import ENVIRONMENT, SignalAt, contents, run, scalars, snapshot, start
 from safetensors.torch import load_file
 
+from utils import files
 from utils.checkpoints import prune
+from utils.ema import SNAPSHOTS
+from utils.export import find_run
 from utils.optimization import learning_rate_at
 
 TEXT, CLASS = "train_text_to_image_ldm.py", "train_class_cond_ldm.py"
@@ -380,6 +383,50 @@ def test_killed_before_it_is_a_run(common, tmp_path):
     assert start(script, *flags, fault=SignalAt("utils.step_log:StepLog.step_done", 1)).wait_for_kill()
     assert (tmp_path / "run" / "args.yaml").is_file()
     assert not list((tmp_path / "run").glob(".tmp-*"))
+
+
+def test_killed_before_snapshots_are_whole(common, tmp_path):
+    """A run goes on after its last checkpoint: what belongs to that step must be there before it."""
+    script, _, flags = common["text unet"]
+    flags = [*flags, "--max_train_steps", 8, "--ema_sigma_rels", 0.1, "--ema_snapshot_steps", 4, *LATEST]
+    run(script, *flags, "--output_dir", tmp_path / "whole")
+    for count in (1, 2):
+        fault = SignalAt("utils.ema:replace_durably", count)
+        assert start(script, *flags, "--output_dir", tmp_path / "run", fault=fault).wait_for_kill()
+    run(script, *flags, "--output_dir", tmp_path / "run")
+    snapshots = contents(tmp_path / "whole" / SNAPSHOTS)
+    assert len(snapshots) == 1 + 2
+    assert contents(tmp_path / "run" / SNAPSHOTS) == snapshots
+
+
+def test_killed_while_a_finished_run_is_exported_anew(common, tmp_path):
+    """It counts as unfinished then: its last checkpoint is sampled, and not weights that may be halves."""
+    script, _, flags = common["text unet"]
+    flags = [*flags, "--output_dir", tmp_path, *LATEST]
+    run(script, *flags, "--max_train_steps", 4)
+    assert find_run(tmp_path, "--model")[2] is None
+    flags += ["--max_train_steps", 8]
+    for function in ("utils.export:write_text", "utils.export:index_of"):
+        assert start(script, *flags, fault=SignalAt(function, 1)).wait_for_kill()
+        assert find_run(tmp_path, "--model")[2] == tmp_path / "checkpoint-8"
+    run(script, *flags)
+    assert find_run(tmp_path, "--model")[2] is None
+
+
+def test_killed_while_a_checkpoint_is_deleted(tmp_path, monkeypatch):
+    """No half of one is left under its name, to be taken for a whole one or for nobody's."""
+    for step in (4, 8, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "manifest.json").write_text("{}")
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            files.shutil, "rmtree", lambda path: (path / "manifest.json").unlink() or signal.raise_signal(2)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            prune(tmp_path, 2)
+    assert steps_of(tmp_path) == [8, 12]
+    prune(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-12", "checkpoint-8"]
 
 
 def test_what_a_killed_process_was_writing_goes(tmp_path):

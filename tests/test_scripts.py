@@ -181,22 +181,20 @@ def test_image_vae_measures_its_latents(image_folder, tmp_path):
     assert saved["vae_size"] == "fast"
 
 
-@pytest.mark.parametrize("script", ["train_text_to_image_ldm.py", "train_class_cond_ldm.py"])
-def test_each_batch_has_dropout_masks_of_its_own(cache, model_flags, tmp_path, script):
+@pytest.mark.parametrize(
+    ("script", "processes", "rank", "first_samples"),
+    [
+        ("train_text_to_image_ldm.py", 1, 0, [0, 4, 8, 12]),
+        ("train_class_cond_ldm.py", 1, 0, [0, 4, 8, 12]),
+        ("train_class_cond_ldm.py", 2, 1, [4, 12, 20, 28]),
+    ],
+)
+def test_each_batch_has_dropout_masks_of_its_own(cache, model_flags, tmp_path, script, processes, rank, first_samples):
     """Those of its first sample, as all draws are; so no two processes have the same."""
-    flags = [
-        "--latents_dir",
-        cache,
-        *model_flags["unet"],
-        *TRAIN_FLAGS,
-        "--gradient_accumulation_steps",
-        2,
-        "--seed",
-        5,
-    ]
-    flags += ["--train_batch_size", 4, "--max_train_steps", 2, "--output_dir", tmp_path / "run"]
-    seeds = dropout_seeds(script, *flags, path=tmp_path / "seeds")
-    assert seeds == [int(key >> np.uint64(1)) for key in keys(5, "dropout", np.array([0, 4, 8, 12]))]
+    flags = ["--latents_dir", cache, *model_flags["unet"], *TRAIN_FLAGS, "--output_dir", tmp_path / "run"]
+    flags += ["--train_batch_size", 4, "--gradient_accumulation_steps", 2, "--max_train_steps", 2, "--seed", 5]
+    seeds = dropout_seeds(script, *flags, path=tmp_path / "seeds", rank=rank, processes=processes)
+    assert seeds == [int(key >> np.uint64(1)) for key in keys(5, "dropout", np.array(first_samples))]
 
 
 def test_the_two_trainers_share_their_loop():

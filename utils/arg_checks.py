@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.files import read_json
+from utils.files import names_in, read_json
 from utils.parsing import refuse_together
 
 
@@ -14,6 +14,14 @@ def check_condition_column(args: Namespace, name: str) -> None:
     """Refuses a dataset without the column that the model is conditioned on, before it is encoded."""
     if (args.dataset_name or args.train_data_dir) and getattr(args, name) is None:
         raise UserError(f"--{name} is required with a dataset: name the column that holds the {name.split('_')[0]}s")
+
+
+def check_new_folder(output_dir: str | None) -> None:
+    """Raises UserError for an --output_dir that is taken."""
+    if output_dir and Path(output_dir).is_file():
+        raise UserError(f"--output_dir: {output_dir} is a file; give a new folder")
+    if output_dir and names_in(Path(output_dir)):
+        raise UserError(f"--output_dir: {output_dir} is not empty; give a new folder")
 
 
 def check_codec_args(args: Namespace) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from utils.ema import EMA
 from utils.errors import UserError
-from utils.files import fsync_path, read_json, remove_unfinished, sha256_file, write_json
+from utils.files import BEING_WRITTEN, fsync_path, read_json, remove_folder, remove_unfinished, sha256_file, write_json
 from utils.sharding import load_state, save_state
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Checkpoints:
     def save(self, global_step: int) -> None:
         """Writes `checkpoint-{global_step}` after `global_step` optimizer steps."""
         final = self.output_dir / f"checkpoint-{global_step}"
-        temporary = self.output_dir / f".tmp-checkpoint-{global_step}"
+        temporary = self.output_dir / f"{BEING_WRITTEN}checkpoint-{global_step}"  # all processes write into it
         if self.accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -84,7 +84,8 @@ class Checkpoints:
             "files": {str(path.relative_to(temporary)): sha256_file(path) for path in files},
         }
         write_json(temporary / MANIFEST, manifest)
-        shutil.rmtree(final, ignore_errors=True)  # left by a run that was resumed from an earlier step
+        if final.exists():  # left by a run that was resumed from an earlier step
+            remove_folder(final)
         temporary.replace(final)
         fsync_path(self.output_dir)
 
@@ -123,10 +124,10 @@ class Checkpoints:
 def prune(output_dir: Path, total_limit: int) -> None:
     """Deletes the oldest checkpoints beyond `total_limit`, keeping at least two, and what killed processes left."""
     for step in checkpoint_steps(output_dir)[: -max(MIN_KEPT, total_limit)]:
-        shutil.rmtree(output_dir / f"checkpoint-{step}")
-    for leftover in output_dir.glob(".tmp-checkpoint-*"):
+        remove_folder(output_dir / f"checkpoint-{step}")
+    for leftover in output_dir.glob(f"{BEING_WRITTEN}*checkpoint-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    remove_unfinished(output_dir)  # texts; the process that prunes writes none
+    remove_unfinished(output_dir)  # the process that prunes writes no file
 
 
 def damage(checkpoint: Path) -> str | None:

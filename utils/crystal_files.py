@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from utils.crystals import MAX_ATOMIC_NUMBER, SYMBOLS, Crystal, cell_parameters, counts_of, volume, wrapped
 from utils.errors import UserError
-from utils.files import replace_durably, write_text
+from utils.files import replace_durably, temporary_path, write_text
 
 TABLE_FILE, LINES_FILE = "samples.parquet", "samples.jsonl"
 # fmt: off
@@ -112,7 +112,7 @@ def save_crystals(
     for name in dict.fromkeys(name for request in requests for name in request):
         values = request_column([request.get(name) for request in requests])
         columns[f"requested_{name}" if name in columns else name] = values
-    temporary = output_dir / f".tmp-{TABLE_FILE}"
+    temporary = temporary_path(output_dir / TABLE_FILE)
     pq.write_table(pa.table(columns), temporary)
     replace_durably(temporary, output_dir / TABLE_FILE)
     write_text(output_dir / LINES_FILE, "".join(lines))

@@ -13,7 +13,7 @@ from scipy.sparse import csr_matrix
 
 from utils.data_cells import CellSource
 from utils.errors import UserError
-from utils.files import read_json, remove_unfinished, replace_durably, sha256_json, temporary_path, write_json
+from utils.files import read_json, replace_durably, sha256_json, temporary_path, write_json
 
 logger = logging.getLogger(__name__)
 RECORD = "table.json"  # written last: what the arrays beside it are of
@@ -173,7 +173,6 @@ def write_arrays(
 ) -> dict[str, np.ndarray]:
     """Writes the arrays anew. A process that is killed leaves no record, and the next one begins again."""
     folder.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(folder)  # as large as the data
     (folder / RECORD).unlink(missing_ok=True)
     growing: dict[str, GrowingFile] = {}
     try:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.files import remove_unfinished, replace_durably
+from utils.files import remove_unfinished, replace_durably, temporary_path
 from utils.power_ema import gamma_of, power_decay, reconstruction_weights
 from utils.sharding import copy_full_, full
 
@@ -102,7 +102,7 @@ class EMA:
             if accelerator.is_main_process:
                 (run_dir / SNAPSHOTS).mkdir(exist_ok=True)
                 final = run_dir / SNAPSHOTS / f"step-{global_step:07d}-sigma_rel-{sigma_rel:g}.safetensors"
-                temporary = final.with_name(f".tmp-{final.name}")
+                temporary = temporary_path(final)
                 save_file(whole, temporary)
                 replace_durably(temporary, final)
 

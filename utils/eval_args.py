@@ -141,14 +141,6 @@ def check_sweep(args: Namespace) -> None:
     sweep_points(args)  # words for numbers are said before anything is loaded
 
 
-def check_new_folder(output_dir: str | None) -> None:
-    """Raises UserError for an --output_dir that is taken."""
-    if output_dir and Path(output_dir).is_file():
-        raise UserError(f"--output_dir: {output_dir} is a file; give a new folder")
-    if output_dir and Path(output_dir).is_dir() and any(Path(output_dir).iterdir()):
-        raise UserError(f"--output_dir: {output_dir} is not empty; give a new folder")
-
-
 def sweep_points(args: Namespace) -> list[dict[str, Any]]:
     """The flags that each point sets; a single empty one without a sweep. Raises UserError for values of another
     type."""

@@ -4,8 +4,9 @@ import os
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 
 from utils import crystal_args, sample_args
+from utils.arg_checks import check_new_folder
 from utils.errors import UserError
-from utils.eval_args import check_new_folder, check_sweep
+from utils.eval_args import check_sweep
 from utils.parsing import positive_float, positive_int, refuse_together, required
 
 DEFAULT_CRYSTALS_OF_A_RUN = 500

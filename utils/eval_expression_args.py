@@ -3,8 +3,9 @@
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 
 from utils import sample_args
+from utils.arg_checks import check_new_folder
 from utils.errors import UserError
-from utils.eval_args import SWEEPS, check_new_folder, check_sweep
+from utils.eval_args import SWEEPS, check_sweep
 from utils.parsing import positive_int, required
 
 CELLS_AT_ONCE = 1024  # they are small

@@ -21,13 +21,13 @@ from torch import nn
 
 from utils.checkpoints import checkpoint_steps
 from utils.errors import UserError
-from utils.files import fsync_path, read_json, write_json
+from utils.files import BEING_WRITTEN, fsync_path, read_json, write_json
 from utils.held_out import HeldOut, validation_losses
 from utils.objectives import Objective
 
 logger = logging.getLogger(__name__)
 HISTORY_FILE, BEST, BEST_FILE = "evaluations.json", "best", "evaluation.json"
-TEMPORARY = ".tmp-best"
+TEMPORARY = f"{BEING_WRITTEN}best"
 LOSS = "validation/loss"
 
 Evaluation = dict[str, Any]  # "global_step", and the values by their names in the trackers

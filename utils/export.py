@@ -8,10 +8,11 @@ StableDiffusionPipeline.
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from diffusers import SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file
 
@@ -127,6 +128,7 @@ def export_run(output_dir: Path, denoiser: ConditionalDenoiser, parts: FrozenPar
     """Writes the trained weights, the model card and, last, `model_index.json`. Adapters are merged into the weights,
     and saved apart too.
     """
+    (output_dir / "model_index.json").unlink(missing_ok=True)  # of a run that was finished once and has gone on
     if lora.is_adapted(denoiser.model):
         lora.save_lora(denoiser, output_dir / lora.FOLDER)
         denoiser = lora.merge_lora(denoiser)
@@ -145,15 +147,14 @@ def export_run(output_dir: Path, denoiser: ConditionalDenoiser, parts: FrozenPar
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        pipeline.save_config(output_dir)
+        write_json(output_dir / "model_index.json", index_of(pipeline))
         return
     # Our own classes travel with the run: each file holds its class and imports torch and diffusers only.
     pipeline = make_pipeline(denoiser, parts)
     shutil.copy(str(conditions.__file__), output_dir / "conditions" / "conditions.py")
     for module in (pipelines, conditions, guidance):
         shutil.copy(str(module.__file__), output_dir / Path(str(module.__file__)).name)
-    pipeline.save_config(output_dir)
-    index = read_json(output_dir / "model_index.json")
+    index = index_of(pipeline)
     index["_class_name"] = ["pipelines", "LatentDiffusionPipeline"]
     index["conditions"] = ["conditions", type(denoiser.conditions).__name__]
     if isinstance(denoiser.model, dit.DiT):
@@ -165,6 +166,13 @@ def export_run(output_dir: Path, denoiser: ConditionalDenoiser, parts: FrozenPar
         shutil.copy(str(pixel_codec.__file__), output_dir / "vae" / "pixel_codec.py")
         index["vae"] = ["pixel_codec", "PixelCodec"]
     write_json(output_dir / "model_index.json", index)
+
+
+def index_of(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """What a pipeline would write into model_index.json, which must not be there before it is right."""
+    with TemporaryDirectory() as folder:
+        pipeline.save_config(folder)
+        return read_json(Path(folder) / "model_index.json")
 
 
 def find_run(path: Path, flag: str) -> tuple[Path, str, Path | None]:

@@ -8,6 +8,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from utils.data_h5ad import expression_package, write_h5ad
+from utils.files import remove_unfinished
 
 CELLS_FILE = "cells.h5ad"
 PROVENANCE = "latent_diffusion"  # in uns
@@ -40,6 +41,7 @@ def save_cells(
         var=pandas.DataFrame(index=list(genes)),
         uns={PROVENANCE: {name: plain(value) for name, value in settings.items()} | {"seed": seed}},
     )
+    remove_unfinished(output_dir)
     write_h5ad(adata, output_dir / CELLS_FILE)
 
 

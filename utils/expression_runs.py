@@ -20,7 +20,7 @@ from utils.data_genes import choose_genes
 from utils.errors import UserError
 from utils.export import find_run, load_settings
 from utils.expression_export import is_expression_run, load_run_vae
-from utils.files import sha256_json
+from utils.files import remove_unfinished, sha256_json
 from utils.joint_training import JointCache
 from utils.models.denoiser import ConditionalDenoiser, JointDenoiser, own_config
 from utils.models.dit import DIT_SIZES, DiT
@@ -64,6 +64,8 @@ def open_cell_data(args: Namespace, accelerator: Accelerator) -> CellData:
     for name in ("train", "val"):
         folder = Path(args.output_dir) / COUNTS_FOLDER / name if args.low_memory else None
         with accelerator.main_process_first():  # the main process writes the files that others read
+            if folder is not None and accelerator.is_main_process:
+                remove_unfinished(folder)  # as large as the data
             table = read_table(source, rows[name], genes, args.library, folder, args.max_skipped_fraction)
         tables.append(table)
     logger.info(

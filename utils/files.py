@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 BEING_WRITTEN = ".tmp-"  # how the name of a file or folder begins while it is written
 
@@ -26,8 +28,8 @@ def replace_durably(temporary: Path, final: Path) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """Where this process writes a file that will be `path`."""
-    return path.with_name(f"{BEING_WRITTEN}{os.getpid()}-{path.name}")
+    """A name that no other process has, also on another machine, for what will be `path` or was."""
+    return path.with_name(f"{BEING_WRITTEN}{uuid4().hex[:12]}-{path.name}")
 
 
 def names_in(folder: Path) -> set[str]:
@@ -42,7 +44,14 @@ def remove_unfinished(folder: Path) -> None:
     """Deletes the files that killed processes were writing into a folder. Only where no process writes now."""
     for path in folder.glob(f"{BEING_WRITTEN}*"):
         if path.is_file():
-            path.unlink()
+            path.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Deletes a folder such that no half of it ever has its name."""
+    aside = temporary_path(folder)
+    folder.replace(aside)
+    shutil.rmtree(aside)
 
 
 def write_text(path: Path, text: str) -> None:

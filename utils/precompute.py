@@ -2,6 +2,7 @@
 cache.
 """
 
+import contextlib
 import logging
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
@@ -137,7 +138,7 @@ def complete_cache(cache_dir: Path, spec: LatentSpec) -> None:
     """Writes the spec by which readers know that the cache is whole, and takes away what an unfinished one has."""
     remove_unfinished(cache_dir)
     write_json(cache_dir / SPEC_FILE, asdict(spec))
-    (cache_dir / PLAN_FILE).unlink()
+    (cache_dir / PLAN_FILE).unlink(missing_ok=True)
 
 
 def finished_cache(cache_dir: Path, fingerprint: dict[str, Any], is_main_process: bool) -> LatentSpec:
@@ -145,7 +146,8 @@ def finished_cache(cache_dir: Path, fingerprint: dict[str, Any], is_main_process
     spec = LatentSpec.read(cache_dir)
     check_fingerprint(spec.fingerprint, fingerprint, cache_dir)
     if is_main_process and (cache_dir / PLAN_FILE).is_file():
-        (cache_dir / PLAN_FILE).unlink()  # the process that wrote the spec was killed before it did so
+        with contextlib.suppress(OSError):  # the cache may lie where nothing can be written
+            (cache_dir / PLAN_FILE).unlink()  # the process that wrote the spec was killed before it did so
     return spec
 
 

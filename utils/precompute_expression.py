@@ -34,9 +34,9 @@ def build_expression_cache(args: Namespace, accelerator: Accelerator, cache_dir:
     source = open_cells(args.dataset_name, args.counts_layer)
     rows = rows_of_split(source, args.pretrained_vae_model_name_or_path, args.split, "--split")
     config = vae.config
-    with TemporaryDirectory() as folder:  # where the counts are mapped from, for more cells than memory
+    with TemporaryDirectory() as folder:  # for more cells than memory: the files stay mapped when they have no name
         table = read_table(source, rows, config.genes, config.library, Path(folder), args.max_skipped_fraction)
-        return build_from(args, accelerator, cache_dir, vae, table)
+    return build_from(args, accelerator, cache_dir, vae, table)
 
 
 def build_from(

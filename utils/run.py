@@ -180,7 +180,7 @@ def make_loader(stream: Dataset, args: Namespace, accelerator: Accelerator, firs
         num_workers=args.dataloader_num_workers,
         worker_init_fn=ignore_signals,
         pin_memory=accelerator.device.type == "cuda",
-        generator=torch.Generator(),  # else it draws from that of dropout, and once more where a run goes on
+        generator=torch.Generator(),  # else it draws from torch's own
     )
 
 

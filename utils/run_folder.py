@@ -66,6 +66,7 @@ def save_weights(output_dir: Path, denoiser: ConditionalDenoiser, parts: Parts, 
     """Writes the trained weights, the model card and, last, `model_index.json`, which says that the run is finished.
     Adapters are merged into the weights, and saved apart too.
     """
+    (output_dir / "model_index.json").unlink(missing_ok=True)  # of a run that was finished once and has gone on
     if lora.is_adapted(denoiser.model):
         lora.save_lora(denoiser, output_dir / lora.FOLDER)
         denoiser = lora.merge_lora(denoiser)

@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from pathlib import Path
 
+from utils.arg_checks import check_new_folder
 from utils.errors import UserError
 from utils.parsing import fraction, non_negative_float, non_negative_int, positive_float, positive_int
 
@@ -89,7 +90,4 @@ def check_request_args(args: Namespace) -> None:
     """Refuses a file of prompts that is not there, and a folder that is taken."""
     if args.prompts_file and not Path(args.prompts_file).is_file():
         raise UserError(f"--prompts_file: the file {args.prompts_file} does not exist")
-    if args.output_dir and Path(args.output_dir).is_file():
-        raise UserError(f"--output_dir: {args.output_dir} is a file; give a new folder")
-    if args.output_dir and Path(args.output_dir).is_dir() and any(Path(args.output_dir).iterdir()):
-        raise UserError(f"--output_dir: {args.output_dir} is not empty; give a new folder")
+    check_new_folder(args.output_dir)
