@@ -418,12 +418,14 @@ def test_killed_while_a_checkpoint_is_deleted(tmp_path, monkeypatch):
     for step in (4, 8, 12):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "manifest.json").write_text("{}")
-    with monkeypatch.context() as patched:
-        patched.setattr(
-            files.shutil, "rmtree", lambda path: (path / "manifest.json").unlink() or signal.raise_signal(2)
-        )
-        with pytest.raises(KeyboardInterrupt):
-            prune(tmp_path, 2)
+
+    def killed_within(path, **_):
+        (path / "manifest.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(files.shutil, "rmtree", killed_within)
+        prune(tmp_path, 2)
     assert steps_of(tmp_path) == [8, 12]
     prune(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-12", "checkpoint-8"]

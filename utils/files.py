@@ -48,10 +48,10 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Deletes a folder such that no half of it ever has its name."""
+    """Deletes a folder such that no half of it ever has its name. What a disk does not let go yet stays aside."""
     aside = temporary_path(folder)
     folder.replace(aside)
-    shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
