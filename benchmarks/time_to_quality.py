@@ -28,6 +28,7 @@ RECIPES: dict[str, list[str]] = {
     "v, Min-SNR 5": ["--prediction_type", "v_prediction", "--snr_gamma", "5"],
     "rotary positions only": [],
     "plain blocks": ["--model_size", "plain-S/2"],
+    "patches of one latent": [],
     "Muon": ["--optimizer", "muon"],
     "batch 32": ["--train_batch_size", "32"],
     "batch 128": ["--train_batch_size", "128"],
@@ -35,7 +36,10 @@ RECIPES: dict[str, list[str]] = {
     "learning rate 2e-3": ["--learning_rate", "2e-3"],
 }
 # What a recipe changes in --model_config.
-MODEL_CONFIGS: dict[str, dict[str, Any]] = {"rotary positions only": {"positions": "rotary"}}
+MODEL_CONFIGS: dict[str, dict[str, Any]] = {
+    "rotary positions only": {"positions": "rotary"},
+    "patches of one latent": {"patch_size": 1},
+}
 BASE = {
     "model": "dit",
     "model_size": "S/2",

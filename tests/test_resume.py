@@ -423,9 +423,10 @@ def test_killed_while_a_checkpoint_is_deleted(tmp_path, monkeypatch):
         (path / "manifest.json").unlink()
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(files.shutil, "rmtree", killed_within)
+    monkeypatch.setattr(files.shutil, "rmtree", killed_within)
+    with pytest.raises(KeyboardInterrupt):
         prune(tmp_path, 2)
+    monkeypatch.undo()
     assert steps_of(tmp_path) == [8, 12]
     prune(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-12", "checkpoint-8"]
