@@ -655,6 +655,18 @@ def test_full_fine_tuning_starts_from_the_run(ldm_flags, conditional, tmp_path):
         torch.testing.assert_close(tensor, first[name], rtol=0, atol=1e-6)
 
 
+def test_fine_tuning_goes_on_in_the_latents_of_its_base(ldm_flags, tmp_path):
+    """Whatever mean and std this run would give them by default."""
+    others = [*ldm_flags, "--latent_normalisation", "measured"]
+    run(LDM, *others, "--max_train_steps", 1, "--output_dir", tmp_path / "base")
+    flags = [*ldm_flags[:-2], "--max_train_steps", 1, BASE, tmp_path / "base"]
+    assert "latents are normalised as those of" in run(LDM, *flags, "--output_dir", tmp_path / "run").stderr
+    base, tuned = (contents(tmp_path / name)["latent_normalisation.json"] for name in ("base", "run"))
+    assert tuned == base
+    flags += ["--latent_normalisation", "vae", "--output_dir", tmp_path / "others"]
+    assert "--latent_normalisation vae: " in refused(run(LDM, *flags, check=False))
+
+
 def test_a_conditional_run_is_fine_tuned_on_other_data(ldm_flags, caches, conditional, tmp_path):
     """Its conditions keep the mean, the std and the categories that it knows; of other columns it knows nothing."""
     folder, _ = conditional

@@ -852,6 +852,18 @@ def test_full_fine_tuning_starts_from_the_run(ldm_flags, caches, conditional, tm
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-6)
 
 
+def test_fine_tuning_goes_on_in_the_latents_of_its_base(ldm_flags, caches, tmp_path):
+    """Whatever mean and std this run would give them by default."""
+    others = [*ldm_flags, "--latents_dir", caches["val"], "--latent_normalisation", "measured"]
+    run(LDM, *others, "--max_train_steps", 1, "--output_dir", tmp_path / "base")
+    flags = [*without(ldm_flags, "--architecture", "--model_config"), "--max_train_steps", 1, BASE, tmp_path / "base"]
+    assert "latents are normalised as those of" in run(LDM, *flags, "--output_dir", tmp_path / "run").stderr
+    base, tuned = (contents(tmp_path / name)["latent_normalisation.json"] for name in ("base", "run"))
+    assert tuned == base
+    flags += ["--latent_normalisation", "vae", "--output_dir", tmp_path / "others"]
+    assert "--latent_normalisation vae: " in refused(run(LDM, *flags, check=False))
+
+
 # ---- what is refused
 
 # fmt: off
