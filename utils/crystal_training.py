@@ -11,7 +11,7 @@ from utils.crystal_codec import reconstruct
 from utils.crystal_losses import CrystalPrediction, reconstruction_losses
 from utils.crystal_stream import crystal_batches
 from utils.data_crystals import CrystalTable
-from utils.files import remove_unfinished, write_json
+from utils.files import make_folder, write_json
 from utils.held_out import in_fixed_order
 from utils.metrics_structures import match_pairs
 from utils.models.crystal_vae import CrystalVAE
@@ -103,7 +103,6 @@ def measure_latents(vae: CrystalVAE, table: CrystalTable) -> PosteriorStatistics
 
 def save_vae(vae: CrystalVAE, statistics: PosteriorStatistics, figures: dict[str, float], folder: Path) -> None:
     """Writes the autoencoder, and beside its config what was measured."""
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(folder)
+    make_folder(folder)
     vae.save_pretrained(folder)
     write_json(folder / STATISTICS_FILE, vars(statistics) | {"held_out": figures})

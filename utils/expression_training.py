@@ -15,7 +15,7 @@ from torch import Tensor
 
 from utils.data_expression import CellTable
 from utils.expression_stream import cell_batches, gene_shares, theta_of_moments
-from utils.files import read_json, remove_unfinished, replace_durably, temporary_path, write_json
+from utils.files import make_folder, read_json, replace_durably, temporary_path, write_json
 from utils.likelihoods import LIKELIHOODS, CountParameters
 from utils.models.expression_vae import PER_CELL, ExpressionVAE
 from utils.posterior import GaussianPosterior, PosteriorStatistics, PosteriorSums
@@ -184,8 +184,7 @@ def save_vae(
     vae: ExpressionVAE, statistics: PosteriorStatistics, figures: dict[str, Any], split_file: Path, folder: Path
 ) -> None:
     """Writes the autoencoder, and beside its config what was measured and which cells it saw."""
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(folder)
+    make_folder(folder)
     vae.save_pretrained(folder)
     write_json(folder / STATISTICS_FILE, vars(statistics) | {"held_out": figures})
     if split_file != folder / split_file.name:

@@ -47,6 +47,12 @@ def remove_unfinished(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder that this process alone writes to, or takes from it what killed ones had begun there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(folder)
+
+
 def remove_folder(folder: Path) -> None:
     """Deletes a folder such that no half of it ever has its name. What a disk does not let go yet stays aside."""
     aside = temporary_path(folder)

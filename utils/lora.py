@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from utils import budget
 from utils.conditions import CONDITIONS, ClassCondition, NoCondition
 from utils.errors import UserError
-from utils.files import read_json, remove_unfinished, write_json
+from utils.files import make_folder, read_json, write_json
 from utils.models.denoiser import ConditionalDenoiser, own_config
 from utils.sharding import new_like
 
@@ -232,8 +232,7 @@ def training_flops(
 
 def save_lora_config(denoiser: ConditionalDenoiser, folder: Path) -> None:
     """Writes what must be known of adapters to read a checkpoint."""
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(folder)
+    make_folder(folder)
     write_json(folder / CONFIG_FILE, settings_of(denoiser.model))
 
 

@@ -145,8 +145,8 @@ def finished_cache(cache_dir: Path, fingerprint: dict[str, Any], is_main_process
     """The spec of a finished cache. Raises UserError if the cache is another one."""
     spec = LatentSpec.read(cache_dir)
     check_fingerprint(spec.fingerprint, fingerprint, cache_dir)
-    if is_main_process and (cache_dir / PLAN_FILE).is_file():
-        with contextlib.suppress(OSError):  # the cache may lie where nothing can be written
+    if is_main_process:
+        with contextlib.suppress(OSError):  # mostly it is gone, and the cache may lie where nothing can be written
             (cache_dir / PLAN_FILE).unlink()  # the process that wrote the spec was killed before it did so
     return spec
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from utils.draws import PositionBatches, identity
 from utils.ema import EMA
 from utils.errors import UserError
-from utils.files import names_in, remove_unfinished, write_text
+from utils.files import make_folder, names_in, write_text
 from utils.run_control import SIGNALS, RunControl
 from utils.sharding import join_fsdp, whole_copy
 
@@ -96,8 +96,7 @@ def check_output_dir(output_dir: Path, resume_from_checkpoint: str | None, accel
 def save_args(args: Namespace, output_dir: Path, accelerator: Accelerator) -> None:
     """Writes `args.yaml`, which as --config repeats the run; from then on the folder is this run's."""
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(output_dir)
+        make_folder(output_dir)
         saved = {name: value for name, value in sorted(vars(args).items()) if name not in ("config", "given", "typed")}
         write_text(output_dir / "args.yaml", yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.files import remove_unfinished, write_json
+from utils.files import make_folder, write_json
 from utils.image_quality import psnr, ssim
 from utils.image_stream import ImageStream, to_pixels
 from utils.models.image_vae import TrainableVAE
@@ -160,7 +160,6 @@ def save_vae(vae: AutoencoderKL, statistics: PosteriorStatistics, folder: Path) 
     places for those too, `latents_mean` and `latents_std`; they stay empty, because diffusers' pipelines for SDXL
     apply them on top of the scaling, and others apply the scaling alone.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(folder)
+    make_folder(folder)
     vae.save_pretrained(folder)
     write_json(folder / STATISTICS_FILE, asdict(statistics) | {"active_channels": statistics.active_channels})
