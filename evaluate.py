@@ -16,8 +16,11 @@ docs/evaluation.md says what each figure means and what it hides.
 import argparse
 from pathlib import Path
 
-from utils import eval_args, eval_crystal_args, eval_expression_args, sample_args
-from utils.parsing import parse_with_config, peek, run_script
+from utils.args import sampling as sample_args
+from utils.args.parsing import parse_with_config, peek, run_script
+from utils.crystal.evaluation import args as eval_crystal_args
+from utils.expression.evaluation import args as eval_expression_args
+from utils.image.evaluation import args as eval_args
 
 
 def add_image_args(parser: argparse.ArgumentParser) -> None:
@@ -52,8 +55,9 @@ def parse_args() -> argparse.Namespace:
 
 def prepare_sampling(args: argparse.Namespace, run_dir: Path, captions: list[str]):
     """The run with its sampler, and what it is asked for: (pipeline, requests, settings, guide), as in sample.py."""
-    from utils import requests, sampling
-    from utils.export import load_run
+    from utils.diffusion import sampling
+    from utils.image import sampler as requests
+    from utils.image.pipeline import load_run
 
     pipeline = load_run(run_dir, args.ema_sigma_rel)
     guide = requests.load_guide(args.guide_model, pipeline) if args.guide_model else None
@@ -81,7 +85,7 @@ def sample_into(folder: Path, args: argparse.Namespace, run_dir: Path, pipeline,
     """Samples as sample.py does, and leaves what it leaves."""
     from tqdm.auto import tqdm
 
-    from utils import requests
+    from utils.image import sampler as requests
 
     images = []
     with tqdm(total=len(wanted), unit=" images", desc="samples", leave=False) as progress:
@@ -98,8 +102,9 @@ def sample_into(folder: Path, args: argparse.Namespace, run_dir: Path, pipeline,
 
 def open_real(args: argparse.Namespace, extractors: list, num_samples: int):
     """The real images that the flags name, and what is known of them; refuses too few of them for the metrics."""
-    from utils import eval_figures, eval_images
-    from utils.eval_measured import RealImages
+    from utils.image.evaluation import figures as eval_figures
+    from utils.image.evaluation import images as eval_images
+    from utils.image.evaluation.measured import RealImages
 
     is_file = eval_args.is_statistics_file(args.reference)
     captions_of = args.caption_column if args.samples is None else None  # the reference's become prompts
@@ -123,11 +128,16 @@ def open_real(args: argparse.Namespace, extractors: list, num_samples: int):
 
 
 def evaluate_images(args: argparse.Namespace) -> None:
-    from utils import eval_figures, eval_images, pictures, report, requests, sampling
-    from utils.codecs import measure_shape
-    from utils.eval_measured import measure
-    from utils.features import ClassifierFeatures, PixelFeatures, load_features
-    from utils.run_folder import check_modality
+    from utils.diffusion import sampling
+    from utils.evaluation import report
+    from utils.image import pictures
+    from utils.image import sampler as requests
+    from utils.image.codec import measure_shape
+    from utils.image.evaluation import figures as eval_figures
+    from utils.image.evaluation import images as eval_images
+    from utils.image.evaluation.features import ClassifierFeatures, PixelFeatures, load_features
+    from utils.image.evaluation.measured import measure
+    from utils.runs.run_folder import check_modality
 
     # Load
     device = sampling.usable_device(args.device)
@@ -203,11 +213,11 @@ def evaluate_images(args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> None:
     if args.modality == "crystal":
-        from utils.eval_crystal_runs import evaluate_crystals
+        from utils.crystal.evaluation.evaluate import evaluate_crystals
 
         evaluate_crystals(args)
     elif args.modality == "expression":
-        from utils.eval_expression_runs import evaluate_expression
+        from utils.expression.evaluation.evaluate import evaluate_expression
 
         evaluate_expression(args)
     else:

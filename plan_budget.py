@@ -11,10 +11,12 @@ quickest. docs/scale.md goes on from there: many GPUs, many images.
 import argparse
 from pathlib import Path
 
-from utils import arg_checks, input_args, plan_args
-from utils import args as shared
+from utils.args import checks as arg_checks
+from utils.args import groups as shared
+from utils.args.parsing import parse_with_config, required, run_script
 from utils.errors import UserError
-from utils.parsing import parse_with_config, required, run_script
+from utils.image.args import data as input_args
+from utils.plan import args as plan_args
 
 
 def parse_args() -> argparse.Namespace:
@@ -50,8 +52,8 @@ def parse_args() -> argparse.Namespace:
 
 def planned_spec(args: argparse.Namespace):
     """The spec of the cache: that of --latents_dir, or of the one that the flags would make."""
-    from utils.latent_cache import LatentSpec
-    from utils.measuring import synthetic_spec
+    from utils.latents.cache import LatentSpec
+    from utils.plan.instruments import synthetic_spec
 
     if args.latents_dir:
         return LatentSpec.read(args.latents_dir)
@@ -68,11 +70,17 @@ def main(args: argparse.Namespace) -> None:
 
     import torch
 
-    from utils import budget, build, lora, measuring, optimization, planning, run
     from utils.draws import SampleDraws
-    from utils.ema import EMA
-    from utils.latent_cache import LatentStream
-    from utils.text_encoders import load_text_encoder
+    from utils.image import networks as build
+    from utils.image.text import load_text_encoder
+    from utils.latents.cache import LatentStream
+    from utils.plan import arithmetic as planning
+    from utils.plan import instruments as measuring
+    from utils.training import flops as budget
+    from utils.training import lora
+    from utils.training import optimizers as optimization
+    from utils.training import setup as run
+    from utils.training.ema import EMA
 
     # Load
     accelerator = run.make_accelerator(args)
@@ -213,7 +221,7 @@ def main(args: argparse.Namespace) -> None:
 
 def dataset_lines(args: argparse.Namespace, spec, samples: int) -> list[str]:
     """What is known where the number of images is: epochs, and the size of the cache."""
-    from utils import planning
+    from utils.plan import arithmetic as planning
 
     num_images = args.dataset_size or args.max_samples or spec.num_rows
     if not num_images:
@@ -235,7 +243,8 @@ def dataset_lines(args: argparse.Namespace, spec, samples: int) -> list[str]:
 
 def precompute_seconds(args: argparse.Namespace, accelerator) -> float:
     """Estimate for the cache of --dataset_size images, with a caption of its own for each, but for their decoding."""
-    from utils import measuring, precompute
+    from utils.image import precompute
+    from utils.plan import instruments as measuring
 
     with_text = args.trainer == "text"
     encoders = precompute.load_encoders(args, has_captions=with_text)

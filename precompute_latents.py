@@ -14,9 +14,12 @@ Killed at any moment and started again it continues. Several processes each enco
 import argparse
 from pathlib import Path
 
-from utils import arg_checks, crystal_args, expression_args, input_args
+from utils.args import checks as arg_checks
+from utils.args.parsing import non_negative_int, parse_with_config, peek, positive_int, required, run_script
+from utils.crystal import args as crystal_args
 from utils.errors import UserError
-from utils.parsing import non_negative_int, parse_with_config, peek, positive_int, required, run_script
+from utils.expression import args as expression_args
+from utils.image.args import data as input_args
 
 
 def add_image_args(parser: argparse.ArgumentParser) -> None:
@@ -95,16 +98,16 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     import logging
 
-    from utils.precompute import build_latent_cache
-    from utils.run import make_accelerator
+    from utils.image.precompute import build_latent_cache
+    from utils.training.setup import make_accelerator
 
     accelerator = make_accelerator(args)
     if args.modality == "crystal":
-        from utils.precompute_crystals import build_crystal_cache
+        from utils.crystal.precompute import build_crystal_cache
 
         spec, what = build_crystal_cache(args, accelerator, Path(args.latents_dir)), "crystals"
     elif args.modality == "expression":
-        from utils.precompute_expression import build_expression_cache
+        from utils.expression.precompute import build_expression_cache
 
         spec, what = build_expression_cache(args, accelerator, Path(args.latents_dir)), "cells"
     else:

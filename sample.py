@@ -13,8 +13,11 @@ as an .h5ad of counts. Sample number i has seed SEED + i: the same one, to round
 import argparse
 from pathlib import Path
 
-from utils import condition_args, crystal_args, expression_args, sample_args
-from utils.parsing import parse_with_config, positive_int, run_script
+from utils.args import columns as condition_args
+from utils.args import sampling as sample_args
+from utils.args.parsing import parse_with_config, positive_int, run_script
+from utils.crystal import args as crystal_args
+from utils.expression import args as expression_args
 
 
 def parse_args() -> argparse.Namespace:
@@ -57,8 +60,9 @@ def sampling_settings(args: argparse.Namespace, run_dir: Path, pipeline, setting
 def sample_images(args: argparse.Namespace, run_dir: Path) -> None:
     from tqdm.auto import tqdm
 
-    from utils import requests, sampling
-    from utils.export import load_run
+    from utils.diffusion import sampling
+    from utils.image import sampler as requests
+    from utils.image.pipeline import load_run
 
     # Load
     refuse_other_kinds(args, run_dir, "images")
@@ -109,9 +113,12 @@ def sample_images(args: argparse.Namespace, run_dir: Path) -> None:
 def sample_crystals(args: argparse.Namespace, run_dir: Path) -> None:
     from tqdm.auto import tqdm
 
-    from utils import crystal_files, crystal_requests, requests, sampling
-    from utils.crystal_export import load_crystal_guide, load_crystal_run
-    from utils.metrics_structures import is_structurally_valid
+    from utils.crystal import files as crystal_files
+    from utils.crystal import sampler as crystal_requests
+    from utils.crystal.export import load_crystal_guide, load_crystal_run
+    from utils.crystal.matching import is_structurally_valid
+    from utils.diffusion import sampling
+    from utils.image import sampler as requests
 
     # Load
     refuse_other_kinds(args, run_dir, "crystals")
@@ -177,8 +184,11 @@ def sample_cells(args: argparse.Namespace, run_dir: Path) -> None:
     import numpy as np
     from tqdm.auto import tqdm
 
-    from utils import expression_files, expression_requests, requests, sampling
-    from utils.expression_export import load_expression_guide, load_expression_run
+    from utils.diffusion import sampling
+    from utils.expression import files as expression_files
+    from utils.expression import sampler as expression_requests
+    from utils.expression.export import load_expression_guide, load_expression_run
+    from utils.image import sampler as requests
 
     # Load
     refuse_other_kinds(args, run_dir, "cells")
@@ -226,9 +236,9 @@ def sample_cells(args: argparse.Namespace, run_dir: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    from utils.crystal_export import is_crystal_run
-    from utils.expression_export import is_expression_run
-    from utils.requests import newest_run
+    from utils.crystal.export import is_crystal_run
+    from utils.expression.export import is_expression_run
+    from utils.image.sampler import newest_run
 
     run_dir = Path(args.model) if args.model else newest_run(Path("runs"))
     if is_expression_run(run_dir):

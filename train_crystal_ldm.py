@@ -11,9 +11,11 @@ load.
 import argparse
 from pathlib import Path
 
-from utils import arg_checks, condition_args, crystal_args
-from utils import args as shared
-from utils.parsing import parse_with_config, required, run_script
+from utils.args import checks as arg_checks
+from utils.args import columns as condition_args
+from utils.args import groups as shared
+from utils.args.parsing import parse_with_config, required, run_script
+from utils.crystal import args as crystal_args
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,14 +42,21 @@ def main(args: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from utils import build, column_runs, crystal_export, crystal_runs, evaluation, optimization, run, training_data
-    from utils.checkpoints import Checkpoints
-    from utils.crystal_validation import CrystalSamples
+    from utils.crystal import export as crystal_export
+    from utils.crystal import setup as crystal_runs
+    from utils.crystal.validation import CrystalSamples
     from utils.draws import SampleDraws
-    from utils.ema import EMA
-    from utils.latent_cache import LatentStream
-    from utils.lora import identity_of
-    from utils.step_log import StepLog
+    from utils.image import networks as build
+    from utils.image import setup as training_data
+    from utils.latents.cache import LatentStream
+    from utils.runs import column_runs
+    from utils.training import evaluator as evaluation
+    from utils.training import optimizers as optimization
+    from utils.training import setup as run
+    from utils.training.checkpoints import Checkpoints
+    from utils.training.ema import EMA
+    from utils.training.lora import identity_of
+    from utils.training.step_log import StepLog
 
     # Load
     output_dir = Path(args.output_dir)

@@ -10,9 +10,10 @@ precompute_latents.py --modality crystal as --pretrained_vae_model_name_or_path.
 import argparse
 from pathlib import Path
 
-from utils import arg_checks, crystal_args
-from utils import args as shared
-from utils.parsing import parse_with_config, required, run_script
+from utils.args import checks as arg_checks
+from utils.args import groups as shared
+from utils.args.parsing import parse_with_config, required, run_script
+from utils.crystal import args as crystal_args
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,16 +38,18 @@ def main(args: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from utils import crystal_training, optimization, run
-    from utils.checkpoints import Checkpoints
-    from utils.crystal_runs import open_crystal_data
-    from utils.crystal_stream import CrystalStream, translated
+    from utils.crystal.data.stream import CrystalStream, translated
+    from utils.crystal.setup import open_crystal_data
+    from utils.crystal.vae import training as crystal_training
+    from utils.crystal.vae.network import CRYSTAL_VAE_SIZES, CrystalVAE
     from utils.draws import SampleDraws
-    from utils.ema import EMA
-    from utils.models.crystal_vae import CRYSTAL_VAE_SIZES, CrystalVAE
-    from utils.step_log import StepLog
+    from utils.image.vae.losses import kl_to_standard_normal, kl_weight_at
     from utils.tensor_ops import masked_mean
-    from utils.vae_losses import kl_to_standard_normal, kl_weight_at
+    from utils.training import optimizers as optimization
+    from utils.training import setup as run
+    from utils.training.checkpoints import Checkpoints
+    from utils.training.ema import EMA
+    from utils.training.step_log import StepLog
 
     # Load
     output_dir = Path(args.output_dir)

@@ -13,9 +13,11 @@ load. With --joint_vae the autoencoder is trained on with its denoiser.
 import argparse
 from pathlib import Path
 
-from utils import arg_checks, condition_args, expression_args
-from utils import args as shared
-from utils.parsing import parse_with_config, required, run_script
+from utils.args import checks as arg_checks
+from utils.args import columns as condition_args
+from utils.args import groups as shared
+from utils.args.parsing import parse_with_config, required, run_script
+from utils.expression import args as expression_args
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,25 +46,23 @@ def main(args: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from utils import (
-        build,
-        column_runs,
-        evaluation,
-        expression_export,
-        expression_runs,
-        optimization,
-        run,
-        training_data,
-    )
-    from utils.checkpoints import Checkpoints
     from utils.draws import SampleDraws
-    from utils.ema import EMA
-    from utils.expression_training import measure_latents
-    from utils.expression_validation import CellSamples
-    from utils.joint_training import encode_jointly
-    from utils.latent_cache import LatentStream
-    from utils.lora import identity_of
-    from utils.step_log import StepLog
+    from utils.expression import export as expression_export
+    from utils.expression import setup as expression_runs
+    from utils.expression.joint import encode_jointly
+    from utils.expression.vae.training import measure_latents
+    from utils.expression.validation import CellSamples
+    from utils.image import networks as build
+    from utils.image import setup as training_data
+    from utils.latents.cache import LatentStream
+    from utils.runs import column_runs
+    from utils.training import evaluator as evaluation
+    from utils.training import optimizers as optimization
+    from utils.training import setup as run
+    from utils.training.checkpoints import Checkpoints
+    from utils.training.ema import EMA
+    from utils.training.lora import identity_of
+    from utils.training.step_log import StepLog
 
     # Load
     output_dir = Path(args.output_dir)

@@ -11,9 +11,10 @@ statistics of their latents: give OUTPUT_DIR to precompute_latents.py --modality
 import argparse
 from pathlib import Path
 
-from utils import arg_checks, expression_args
-from utils import args as shared
-from utils.parsing import parse_with_config, required, run_script
+from utils.args import checks as arg_checks
+from utils.args import groups as shared
+from utils.args.parsing import parse_with_config, required, run_script
+from utils.expression import args as expression_args
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,16 +39,18 @@ def main(args: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from utils import expression_training, optimization, run
-    from utils.checkpoints import Checkpoints
     from utils.draws import SampleDraws
-    from utils.ema import EMA
-    from utils.expression_codec import SPLIT_FILE, write_split
-    from utils.expression_runs import open_cell_data
-    from utils.expression_stream import CellStream
-    from utils.models.expression_vae import ExpressionVAE
-    from utils.step_log import StepLog
-    from utils.vae_losses import kl_weight_at
+    from utils.expression.codec import SPLIT_FILE, write_split
+    from utils.expression.data.stream import CellStream
+    from utils.expression.setup import open_cell_data
+    from utils.expression.vae import training as expression_training
+    from utils.expression.vae.network import ExpressionVAE
+    from utils.image.vae.losses import kl_weight_at
+    from utils.training import optimizers as optimization
+    from utils.training import setup as run
+    from utils.training.checkpoints import Checkpoints
+    from utils.training.ema import EMA
+    from utils.training.step_log import StepLog
 
     # Load
     output_dir = Path(args.output_dir)

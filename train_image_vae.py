@@ -11,9 +11,11 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from utils import arg_checks, input_args, vae_args
-from utils import args as shared
-from utils.parsing import parse_with_config, required, run_script
+from utils.args import checks as arg_checks
+from utils.args import groups as shared
+from utils.args.parsing import parse_with_config, required, run_script
+from utils.image.args import data as input_args
+from utils.image.vae import args as vae_args
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,16 +46,19 @@ def main(args: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from utils import optimization, run, training_data, vae_training
-    from utils.checkpoints import Checkpoints
     from utils.draws import SampleDraws
-    from utils.ema import EMA
-    from utils.image_stream import to_pixels
-    from utils.models.discriminator import ADAM_BETAS, Adversary, build_discriminator
-    from utils.models.image_vae import TrainableVAE, build_vae
-    from utils.perceptual import load_lpips
-    from utils.step_log import StepLog
-    from utils.vae_losses import FitLoss, discriminator_losses, generator_loss, kl_weight_at
+    from utils.image import setup as training_data
+    from utils.image.data.stream import to_pixels
+    from utils.image.vae import training as vae_training
+    from utils.image.vae.discriminator import ADAM_BETAS, Adversary, build_discriminator
+    from utils.image.vae.losses import FitLoss, discriminator_losses, generator_loss, kl_weight_at
+    from utils.image.vae.network import TrainableVAE, build_vae
+    from utils.image.vae.perceptual import load_lpips
+    from utils.training import optimizers as optimization
+    from utils.training import setup as run
+    from utils.training.checkpoints import Checkpoints
+    from utils.training.ema import EMA
+    from utils.training.step_log import StepLog
 
     # Load
     output_dir = Path(args.output_dir)

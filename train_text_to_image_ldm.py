@@ -10,9 +10,10 @@ folder that sample.py and diffusers load.
 import argparse
 from pathlib import Path
 
-from utils import arg_checks, input_args
-from utils import args as shared
-from utils.parsing import fraction, parse_with_config, required, run_script
+from utils.args import checks as arg_checks
+from utils.args import groups as shared
+from utils.args.parsing import fraction, parse_with_config, required, run_script
+from utils.image.args import data as input_args
 
 
 def parse_args() -> argparse.Namespace:
@@ -49,15 +50,21 @@ def main(args: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from utils import build, evaluation, export, optimization, run, training_data, validation
-    from utils.checkpoints import Checkpoints
-    from utils.conditions import encode_text
+    from utils.diffusion.conditions import encode_text
     from utils.draws import SampleDraws
-    from utils.ema import EMA
-    from utils.features import load_features
-    from utils.latent_cache import LatentStream
-    from utils.lora import identity_of, training_flops
-    from utils.step_log import StepLog
+    from utils.image import networks as build
+    from utils.image import pipeline as export
+    from utils.image import setup as training_data
+    from utils.image import validation
+    from utils.image.evaluation.features import load_features
+    from utils.latents.cache import LatentStream
+    from utils.training import evaluator as evaluation
+    from utils.training import optimizers as optimization
+    from utils.training import setup as run
+    from utils.training.checkpoints import Checkpoints
+    from utils.training.ema import EMA
+    from utils.training.lora import identity_of, training_flops
+    from utils.training.step_log import StepLog
 
     # Load
     output_dir = Path(args.output_dir)

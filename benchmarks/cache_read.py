@@ -28,8 +28,8 @@ from random_data import write_random_cache
 from torch.utils.data import DataLoader
 
 from utils.draws import PositionBatches, identity
-from utils.latent_cache import SPEC_FILE, LatentCache, LatentStream
-from utils.planning import readable
+from utils.latents.cache import SPEC_FILE, LatentCache, LatentStream
+from utils.plan.arithmetic import readable
 
 LATENT = (4, 32, 32)
 Gather = Callable[[np.ndarray], Any]

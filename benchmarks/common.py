@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.run_control import RunControl
+from utils.training.control import RunControl
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -21,7 +21,9 @@ import torch
 from common import alternate, benchmark_parser, median_ratio, parsed, report
 from random_data import save_vae, write_images
 
-from utils import codecs, precompute, run
+from utils.image import codec as codecs
+from utils.image import precompute
+from utils.training import setup as run
 
 BLOCKS, LAYERS = (128, 256, 512, 512), 2  # of sd-vae-ft-mse
 

@@ -13,12 +13,12 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import codecs
-from utils.cache_writer import ShardFolder, caption_features, caption_id, latent_features
-from utils.clip_vocabulary import build_clip_tokenizer
 from utils.files import write_json
-from utils.latent_cache import SPEC_FILE, LatentSpec
-from utils.text_encoders import load_text_encoder
+from utils.image import codec as codecs
+from utils.image.clip_vocabulary import build_clip_tokenizer
+from utils.image.text import load_text_encoder
+from utils.latents.cache import SPEC_FILE, LatentSpec
+from utils.latents.writer import ShardFolder, caption_features, caption_id, latent_features
 
 STATES = (77, 768)  # of a caption in CLIP-L
 

@@ -24,8 +24,9 @@ from common import ROOT, alternate, benchmark_parser, median_ratio, report, run_
 from PIL import Image
 from random_data import save_text_encoder, save_vae, write_random_cache
 
-from utils import requests, sampling
-from utils.export import load_run
+from utils.diffusion import sampling
+from utils.image import sampler as requests
+from utils.image.pipeline import load_run
 
 Call = Callable[[], Any]
 # 12M and 11M parameters.

@@ -22,11 +22,11 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import budget
 from utils.draws import StreamOrder
 from utils.models.dit import DIT_SIZES, DiT
 from utils.models.unet import build_unet, unet_config
-from utils.planning import cache_bytes, readable
+from utils.plan.arithmetic import cache_bytes, readable
+from utils.training import flops as budget
 
 RESOLUTION, LATENT, STATES = 256, (4, 32, 32), (77, 768)
 MAX_CACHED_CAPTIONS = 200_000  # the default of --max_cached_captions

@@ -36,10 +36,10 @@ def main() -> None:
     import scvi
     import torch
 
-    from utils.data_cells import open_cells
-    from utils.data_expression import read_table
-    from utils.expression_codec import load_expression_vae, rows_of_split
-    from utils.expression_files import save_cells
+    from utils.expression.codec import load_expression_vae, rows_of_split
+    from utils.expression.data.source import open_cells
+    from utils.expression.data.table import read_table
+    from utils.expression.files import save_cells
 
     source = open_cells(args.dataset_name, args.counts_layer)
     vae = load_expression_vae(args.vae)

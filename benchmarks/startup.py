@@ -33,8 +33,9 @@ sys.argv = sys.argv[1:]
 born = psutil.Process().create_time()
 import train_text_to_image_ldm as trainer
 args = trainer.parse_args()
-from utils import run, training_data, build, export
-from utils.run_control import RunControl
+from utils.image import networks as build, pipeline as export, setup as training_data
+from utils.training import setup as run
+from utils.training.control import RunControl
 print("imports", time.time() - born)
 def say_after(module, name, what):
     call = getattr(module, name)

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from common import benchmark_parser, median_ratio, report, run_trainer, seconds
 from random_data import STATES, save_text_encoder, save_vae, write_random_cache
 
-from utils import build
-from utils.latent_cache import LatentCache
+from utils.image import networks as build
+from utils.latents.cache import LatentCache
 
 # Model, latents, precision -> samples a step: about half a second on two cores.
 CASES = {

@@ -16,9 +16,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.conditions import ClassCondition
+from utils.diffusion.conditions import ClassCondition
+from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.draws import SampleDraws
-from utils.models.denoiser import ConditionalDenoiser
 from utils.models.dit import AFTER_ROUTE, BEFORE_ROUTE, DIT_SIZES, DiT
 
 

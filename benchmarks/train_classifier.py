@@ -19,12 +19,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.data_images import resolve_columns, undecoded
-from utils.image_pixels import BACKGROUNDS, Framing
-from utils.image_sources import open_image_dataset
-from utils.image_stream import to_pixels
-from utils.models.classifier import ImageClassifier
-from utils.parsing import run_script
+from utils.args.parsing import run_script
+from utils.image.data.pixels import BACKGROUNDS, Framing
+from utils.image.data.rows import resolve_columns, undecoded
+from utils.image.data.sources import open_image_dataset
+from utils.image.data.stream import to_pixels
+from utils.image.evaluation.classifier import ImageClassifier
 
 
 def parse_args() -> argparse.Namespace:

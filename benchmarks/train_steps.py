@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from common import benchmark_parser, report, run_trainer
 
-from utils import budget, run
-from utils.step_log import StepLog, peak_memory
+from utils.training import flops as budget
+from utils.training import setup as run
+from utils.training.step_log import StepLog, peak_memory
 
 
 class Clock:
@@ -59,7 +60,7 @@ class Clock:
         """Runs so many steps, and as many as the warm-up has."""
         with (
             mock.patch.object(run, "make_loader", self.timed_batches),
-            mock.patch("utils.step_log.StepLog", self.make_log),
+            mock.patch("utils.training.step_log.StepLog", self.make_log),
         ):
             run_trainer("train_text_to_image_ldm", flags, self.warm_up + num_steps, self.after_step)
 

@@ -71,7 +71,7 @@ def tiny_text_encoder(tmp_path_factory) -> Path:
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from utils.clip_vocabulary import build_clip_tokenizer
+    from utils.image.clip_vocabulary import build_clip_tokenizer
 
     torch.manual_seed(0)
     tokenizer = build_clip_tokenizer()
@@ -98,7 +98,7 @@ def tiny_clip(tmp_path_factory) -> Path:
     import torch
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-    from utils.clip_vocabulary import build_clip_tokenizer
+    from utils.image.clip_vocabulary import build_clip_tokenizer
 
     torch.manual_seed(0)
     tokenizer = build_clip_tokenizer()

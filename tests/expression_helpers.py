@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from utils.data_h5ad import write_h5ad
+from utils.expression.data.h5ad import write_h5ad
 
 DECIMALS = 3  # of the logarithms in scanpy's file
 

@@ -36,11 +36,11 @@ PRELOADED = [
     "scipy.stats",
     "torch.utils.tensorboard",
     "torch_fidelity",
-    "utils.build",
-    "utils.pictures",
-    "utils.precompute",
-    "utils.requests",
-    "utils.validation",
+    "utils.image.networks",
+    "utils.image.pictures",
+    "utils.image.precompute",
+    "utils.image.sampler",
+    "utils.image.validation",
 ]
 _context = multiprocessing.get_context("forkserver")
 

@@ -16,14 +16,17 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from helpers import run, scalars
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils import budget, measuring, plan_args, planning
-from utils.cache_writer import ShardFolder, caption_features, latent_features
-from utils.conditions import ClassCondition
+from utils.diffusion.conditions import ClassCondition
+from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.errors import UserError
-from utils.models.denoiser import ConditionalDenoiser
+from utils.latents.writer import ShardFolder, caption_features, latent_features
 from utils.models.dit import DIT_SIZES, DiT
 from utils.models.unet import UNET_PRESETS, build_unet, unet_config
-from utils.planning import Overheads, Pace
+from utils.plan import args as plan_args
+from utils.plan import arithmetic as planning
+from utils.plan import instruments as measuring
+from utils.plan.arithmetic import Overheads, Pace
+from utils.training import flops as budget
 
 # ---- FLOPs
 

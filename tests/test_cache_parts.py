@@ -12,10 +12,10 @@ from conftest import cache_flags, refused
 from helpers import SignalAt, run, scalars
 from safetensors.torch import load_file
 
-from utils.cache_parts import pool, readers_of, unevenness
 from utils.draws import PositionBatches
 from utils.errors import UserError
-from utils.latent_cache import LatentCache, LatentSpec, LatentStream
+from utils.latents.cache import LatentCache, LatentSpec, LatentStream
+from utils.latents.parts import pool, readers_of, unevenness
 
 SCRIPT = "train_text_to_image_ldm.py"
 
@@ -175,7 +175,7 @@ def test_two_processes_train_on_two_parts_and_resume_exactly(parts, flags, tmp_p
     assert "40.0 % more often" in result.stderr
     assert "48 samples in the data" in result.stderr
     for count in (6, 1):
-        fault = SignalAt("utils.step_log:StepLog.step_done", count, rank=1)
+        fault = SignalAt("utils.training.step_log:StepLog.step_done", count, rank=1)
         run(SCRIPT, *flags, "--output_dir", tmp_path / "killed", processes=2, fault=fault, check=False)
     for process in (0, 1):
         (tmp_path / f"part-{process}").symlink_to(parts / f"part-{1 - process}")

@@ -7,7 +7,7 @@ import torch
 from conftest import DATA, ROOT
 from helpers import run
 
-from utils.models.classifier import ImageClassifier
+from utils.image.evaluation.classifier import ImageClassifier
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from train_classifier import accuracy, augment

@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
 
-from utils import codecs
-from utils.codecs import Normalisation
 from utils.errors import UserError
+from utils.image import codec as codecs
+from utils.image.codec import Normalisation
 
 # What no plain scaling can say.
 PER_CHANNEL = Normalisation((0.3, -1.2, 2.0, 0.0), (0.5, 1.7, 4.0, 0.25))
@@ -233,8 +233,8 @@ def test_export_keeps_plain_scaling(tmp_path, scaling, shift, is_kept):
     """A VAE whose own plain scaling was trained with is exported as it is; with a shift it is folded; both decode alike."""
     from types import SimpleNamespace
 
-    from utils import export
-    from utils.objectives import training_scheduler
+    from utils.diffusion.objectives import training_scheduler
+    from utils.image import pipeline as export
 
     original = tiny_kl(scaling_factor=scaling, shift_factor=shift)
     original.save_pretrained(tmp_path)

@@ -11,8 +11,8 @@ from helpers import scalars
 from torch import nn
 from torch._dynamo.utils import counters
 
-from utils.conditions import ClassCondition, TextCondition
-from utils.models.denoiser import ConditionalDenoiser
+from utils.diffusion.conditions import ClassCondition, TextCondition
+from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.models.dit import DiT
 from utils.models.unet import build_unet, unet_config
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from utils.conditions import ClassCondition, Conditioning, NoCondition, TextCondition, encode_text, tokenize
+from utils.diffusion.conditions import ClassCondition, Conditioning, NoCondition, TextCondition, encode_text, tokenize
+from utils.diffusion.denoiser import ConditionalDenoiser
+from utils.diffusion.guidance import guided_prediction
 from utils.draws import SampleDraws
-from utils.guidance import guided_prediction
-from utils.models.denoiser import ConditionalDenoiser
-from utils.text_encoders import load_text_encoder
+from utils.image.text import load_text_encoder
 
 CAPTIONS = ["a red square", "", "word " * 2000, "x" * 10_000, "🎨🦊 ünïcödé 漢字", "🦊" * 500, "two birds, one stone"]
 

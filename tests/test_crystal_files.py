@@ -9,7 +9,8 @@ import pytest
 from conftest import DATA
 from PIL import Image
 
-from utils.crystal_files import (
+from utils.crystal.data.table import load_crystals
+from utils.crystal.files import (
     COLOURS,
     RADII,
     any_formula,
@@ -24,8 +25,7 @@ from utils.crystal_files import (
     with_repeats,
     write_cif,
 )
-from utils.crystals import Crystal, cell_parameters, formula_of, niggli_reduced, to_structure
-from utils.data_crystals import load_crystals
+from utils.crystal.structure import Crystal, cell_parameters, formula_of, niggli_reduced, to_structure
 from utils.errors import UserError
 
 pytest.importorskip("pymatgen.core")

@@ -24,18 +24,18 @@ from conftest import DIT_CONFIG, ROOT, refused
 from helpers import SignalAt, checkpoint_tensors, contents, differing, run, scalars, snapshot, start
 from safetensors.torch import load_file, save_file
 
-from utils.column_cache import category_name, category_numbers
-from utils.column_precompute import found_or_made
-from utils.crystal_codec import load_crystal_vae
-from utils.crystal_export import load_crystal_run
-from utils.data_crystals import load_crystals
+from utils.crystal.cache import SetCache, describe_condition
+from utils.crystal.codec import load_crystal_vae
+from utils.crystal.data.table import load_crystals
+from utils.crystal.export import load_crystal_run
+from utils.crystal.precompute import build_crystal_cache
 from utils.draws import SampleDraws, StreamOrder, uniform_draws
 from utils.errors import UserError
-from utils.latent_cache import LatentSpec
-from utils.lora import is_adapted
+from utils.latents.cache import LatentSpec
+from utils.latents.column_precompute import found_or_made
+from utils.latents.columns import category_name, category_numbers
 from utils.models.dit import DiT
-from utils.precompute_crystals import build_crystal_cache
-from utils.set_cache import SetCache, describe_condition
+from utils.training.lora import is_adapted
 
 for package in ("pymatgen", "spglib"):
     pytest.importorskip(package)
@@ -218,10 +218,10 @@ def test_killed_and_resumed_autoencoder_is_bit_identical(dataset, vae_run, tmp_p
     """After a step, while a checkpoint is written, after another step; and when all that is left is to export."""
     flags = ["--dataset_name", dataset, *TRAIN_VAE, "--output_dir", tmp_path / "run", *LATEST]
     kills = [
-        ("utils.step_log:StepLog.step_done", 3),
-        ("utils.checkpoints:fsync_path", 2),
-        ("utils.step_log:StepLog.step_done", 2),
-        ("utils.crystal_training:measure_latents", 1),
+        ("utils.training.step_log:StepLog.step_done", 3),
+        ("utils.training.checkpoints:fsync_path", 2),
+        ("utils.training.step_log:StepLog.step_done", 2),
+        ("utils.crystal.vae.training:measure_latents", 1),
     ]
     for function, count in kills:
         running = start(VAE, *flags, fault=SignalAt(function, count))
@@ -365,7 +365,7 @@ def test_a_finished_cache_is_found(small_cache, dataset, vae_run, tmp_path):
 def test_killed_and_started_again(cache_flags, caches, tmp_path):
     """While the second shard is made; not with other flags."""
     flags = [*cache_flags, "--latents_dir", tmp_path / "cache"]
-    assert start(CACHE, *flags, fault=SignalAt("utils.precompute_crystals:encode_rows", 4)).wait_for_kill()
+    assert start(CACHE, *flags, fault=SignalAt("utils.crystal.precompute:encode_rows", 4)).wait_for_kill()
     assert not (tmp_path / "cache" / "latent_spec.json").exists()
     assert "num_translations = 3" in refused(run(CACHE, *flags, "--num_translations", 4, check=False))
     run(CACHE, *flags)
@@ -563,11 +563,11 @@ def test_killed_and_resumed_denoiser_is_bit_identical(ldm_flags, evaluated, cond
     flags = [*ldm_flags, *CONDITIONS, *evaluated, "--output_dir", folder, *LATEST]
     chance = random.Random(0)
     kills = [
-        ("utils.step_log:StepLog.step_done", chance.randint(1, 3)),
-        ("utils.checkpoints:fsync_path", 2),
-        ("utils.evaluation:Evaluator._keep", 1),
-        ("utils.step_log:StepLog.step_done", 6),
-        ("utils.crystal_validation:CrystalSamples.save", 1),
+        ("utils.training.step_log:StepLog.step_done", chance.randint(1, 3)),
+        ("utils.training.checkpoints:fsync_path", 2),
+        ("utils.training.evaluator:Evaluator._keep", 1),
+        ("utils.training.step_log:StepLog.step_done", 6),
+        ("utils.crystal.validation:CrystalSamples.save", 1),
     ]
     for function, count in kills:
         running = start(LDM, *flags, fault=SignalAt(function, count))

@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import DATA, ROOT
 
-from utils import crystal_cif
-from utils.crystal_cif import crystal_of_cif, parse_row, parse_rows
-from utils.crystals import (
+from utils.crystal.data import cif as crystal_cif
+from utils.crystal.data.cif import crystal_of_cif, parse_row, parse_rows
+from utils.crystal.data.table import column_array, load_crystals, make_table
+from utils.crystal.structure import (
     Crystal,
     cell_matrix,
     cell_parameters,
@@ -33,7 +34,6 @@ from utils.crystals import (
     volume,
     wrapped,
 )
-from utils.data_crystals import column_array, load_crystals, make_table
 from utils.errors import UserError
 
 pymatgen = pytest.importorskip("pymatgen.core")

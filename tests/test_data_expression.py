@@ -15,12 +15,14 @@ import pytest
 from conftest import DATA, ROOT
 from scipy.sparse import csc_matrix, csr_matrix, issparse, random_array
 
-from utils import data_cells, data_counts, data_store
-from utils.data_cells import open_cells
-from utils.data_expression import CellTable, apportioned, check_labels, read_table, stratified_split
-from utils.data_genes import FLAVORS, choose_genes, find_genes
-from utils.data_h5ad import column_array, write_h5ad
 from utils.errors import UserError
+from utils.expression.data import counts as data_counts
+from utils.expression.data import source as data_cells
+from utils.expression.data import store as data_store
+from utils.expression.data.genes import FLAVORS, choose_genes, find_genes
+from utils.expression.data.h5ad import column_array, write_h5ad
+from utils.expression.data.source import open_cells
+from utils.expression.data.table import CellTable, apportioned, check_labels, read_table, stratified_split
 
 anndata = pytest.importorskip("anndata")
 h5py = pytest.importorskip("h5py")

@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from utils import image_sources
-from utils.data_images import ImageColumns, normalise_captions, resolve_columns, undecoded
 from utils.errors import UserError
-from utils.image_pixels import BadImage, Framing, decode_image, resize_and_crop
-from utils.image_sources import dataset_identity, open_image_dataset
+from utils.image.data import sources as image_sources
+from utils.image.data.pixels import BadImage, Framing, decode_image, resize_and_crop
+from utils.image.data.rows import ImageColumns, normalise_captions, resolve_columns, undecoded
+from utils.image.data.sources import dataset_identity, open_image_dataset
 
 REAL_DATA = Path(os.environ.get("LDM_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_real_data = pytest.mark.skipif(not (REAL_DATA / "emoji").is_dir(), reason="real data is not here")

@@ -11,10 +11,10 @@ from diffusers import DiTTransformer2DModel
 from helpers import run
 from torch import nn
 
-from utils.build import build_condition, build_denoiser, dit_arguments
-from utils.conditions import ClassCondition
+from utils.diffusion.conditions import ClassCondition
+from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.errors import UserError
-from utils.models.denoiser import ConditionalDenoiser
+from utils.image.networks import build_condition, build_denoiser, dit_arguments
 from utils.models.dit import DIT_SIZES, DiT, position_table
 
 CLASS = "train_class_cond_ldm.py"

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.ema import EMA
+from utils.training.ema import EMA
 
 
 def small_model(dtype=torch.float32):

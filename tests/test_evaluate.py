@@ -13,7 +13,7 @@ from conftest import COLOURS, refused
 from helpers import run
 from PIL import Image
 
-from utils.models.classifier import ImageClassifier
+from utils.image.evaluation.classifier import ImageClassifier
 
 
 def make_images(folder: Path, count: int, seed: int, noise: float = 20, size: int = 16) -> Path:

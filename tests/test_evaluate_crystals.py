@@ -14,11 +14,11 @@ from conftest import DATA, refused
 from helpers import run
 
 import evaluate as script
-from utils.crystal_export import export_run
-from utils.crystal_files import save_crystals
-from utils.crystal_pipeline import CrystalPipeline
-from utils.crystals import Crystal, formula_of, volume
-from utils.data_crystals import load_crystals
+from utils.crystal.data.table import load_crystals
+from utils.crystal.export import export_run
+from utils.crystal.files import save_crystals
+from utils.crystal.pipeline import CrystalPipeline
+from utils.crystal.structure import Crystal, formula_of, volume
 from utils.errors import UserError
 
 for package in ("pymatgen", "spglib", "smact", "ase"):
@@ -67,12 +67,12 @@ def crystals(world) -> dict[str, list[Crystal]]:
 
 def make_run(folder: Path, columns: dict[str, dict], max_atoms: int = 5) -> Path:
     """A crystal run with random weights."""
-    from utils.codecs import Normalisation
-    from utils.conditions import ConditionSum, NoCondition
-    from utils.models.crystal_vae import CrystalVAE
-    from utils.models.denoiser import ConditionalDenoiser
+    from utils.crystal.vae.network import CrystalVAE
+    from utils.diffusion.conditions import ConditionSum, NoCondition
+    from utils.diffusion.denoiser import ConditionalDenoiser
+    from utils.diffusion.sampling import SAMPLERS
+    from utils.image.codec import Normalisation
     from utils.models.dit import DiT
-    from utils.sampling import SAMPLERS
 
     torch.manual_seed(0)
     vae = CrystalVAE(hidden_size=16, num_layers=1, num_attention_heads=2, latent_channels=4, max_atoms=max_atoms)
@@ -196,7 +196,7 @@ def test_garbage_is_counted_and_never_left_out(evaluate, crystals, tmp_path):
 
 
 def test_cif_files_that_cannot_be_read_are_not_valid(evaluate, crystals, tmp_path):
-    from utils.crystal_files import write_cif
+    from utils.crystal.files import write_cif
 
     folder = tmp_path / "cifs"
     folder.mkdir()

@@ -17,12 +17,13 @@ from helpers import run
 from scipy.sparse import csr_matrix
 
 import evaluate as script
-from utils import metrics_cells, metrics_expression
 from utils.errors import UserError
-from utils.eval_expression import BINOMIALS as BINOMIAL
-from utils.eval_expression import CEILING, CONTROL, GAUSSIAN, PRIOR, SAMPLES, draw_rows
-from utils.eval_expression_figures import mean_of, over_seeds, type_distribution
-from utils.eval_expression_nulls import (
+from utils.evaluation.figures import Figure
+from utils.expression.evaluation import cells as metrics_cells
+from utils.expression.evaluation import metrics as metrics_expression
+from utils.expression.evaluation.cells import Cells
+from utils.expression.evaluation.figures import mean_of, over_seeds, type_distribution
+from utils.expression.evaluation.nulls import (
     as_matrix,
     binomial_counts,
     gaussian_latents,
@@ -32,17 +33,17 @@ from utils.eval_expression_nulls import (
     rows_of_types,
     standardised,
 )
-from utils.eval_expression_pictures import dots_of, marker_columns, marker_plot
-from utils.eval_figures import Group
-from utils.metrics_cells import Cells
-from utils.metrics_intervals import Figure
+from utils.expression.evaluation.samples import BINOMIALS as BINOMIAL
+from utils.expression.evaluation.samples import CEILING, CONTROL, GAUSSIAN, PRIOR, SAMPLES, draw_rows
+from utils.expression.evaluation_pictures import dots_of, marker_columns, marker_plot
+from utils.image.evaluation.figures import Group
 
 anndata = pytest.importorskip("anndata")
 pytest.importorskip("scanpy")
 
 from expression_helpers import pbmc68k  # noqa: E402
 
-from utils.data_h5ad import write_h5ad  # noqa: E402
+from utils.expression.data.h5ad import write_h5ad  # noqa: E402
 
 NUM_GENES, CHANNELS, NUM_TEST = 120, 4, 140
 NULLS = [GAUSSIAN, BINOMIAL, PRIOR]
@@ -259,14 +260,14 @@ def rows_of(world, split: str) -> np.ndarray:
 
 def make_run(world, folder: Path, columns: dict[str, dict]) -> Path:
     """A run on the world's autoencoder with a denoiser that was never trained: it gives standard normal latents."""
-    from utils.codecs import Normalisation
-    from utils.conditions import ConditionSum, NoCondition
-    from utils.expression_codec import load_expression_vae
-    from utils.expression_export import export_run
-    from utils.expression_pipeline import ExpressionPipeline
-    from utils.models.denoiser import ConditionalDenoiser
+    from utils.diffusion.conditions import ConditionSum, NoCondition
+    from utils.diffusion.denoiser import ConditionalDenoiser
+    from utils.diffusion.sampling import SAMPLERS
+    from utils.expression.codec import load_expression_vae
+    from utils.expression.export import export_run
+    from utils.expression.pipeline import ExpressionPipeline
+    from utils.image.codec import Normalisation
     from utils.models.vector_mlp import VectorMLP
-    from utils.sampling import SAMPLERS
 
     torch.manual_seed(0)
     vae = load_expression_vae(str(world.vae))
@@ -703,6 +704,6 @@ def test_runs_of_other_modalities_say_so(world, monkeypatch):
         monkeypatch.setattr(
             sys, "argv", ["evaluate.py", *flags, "--model", str(world.ldm), "--reference", "nowhere.parquet"]
         )
-        monkeypatch.setattr("utils.features.load_features", lambda spec, device: None)
+        monkeypatch.setattr("utils.image.evaluation.features.load_features", lambda spec, device: None)
         with pytest.raises(UserError, match="is a run of cells; add --modality expression"):
             script.main(script.parse_args())

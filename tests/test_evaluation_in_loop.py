@@ -20,21 +20,22 @@ from safetensors.torch import load_file, save_file
 from test_run_control import OneProcess, clock  # noqa: F401
 from test_sharding import FSDP
 
-from utils import evaluation, measuring
+from utils.diffusion.denoiser import ConditionalDenoiser
+from utils.diffusion.objectives import OBJECTIVES, training_scheduler
 from utils.draws import SampleDraws
 from utils.errors import UserError
-from utils.evaluation import Evaluator, without_improvement
-from utils.export import load_run
-from utils.features import load_features
-from utils.held_out import check_split, hold_out, open_split, stratified, validation_losses
-from utils.latent_cache import LatentCache, LatentSpec, LatentStream
-from utils.models.classifier import ImageClassifier
-from utils.models.denoiser import ConditionalDenoiser
-from utils.objectives import OBJECTIVES, training_scheduler
-from utils.planning import Overheads, planned_steps
-from utils.requests import newest_run
-from utils.run_control import RunControl
-from utils.validation import fid, held_out_requests, kid
+from utils.image.evaluation.classifier import ImageClassifier
+from utils.image.evaluation.features import load_features
+from utils.image.pipeline import load_run
+from utils.image.sampler import newest_run
+from utils.image.validation import fid, held_out_requests, kid
+from utils.latents.cache import LatentCache, LatentSpec, LatentStream
+from utils.plan import instruments as measuring
+from utils.plan.arithmetic import Overheads, planned_steps
+from utils.training import evaluator as evaluation
+from utils.training.control import RunControl
+from utils.training.evaluator import Evaluator, without_improvement
+from utils.training.held_out import check_split, hold_out, open_split, stratified, validation_losses
 
 TEXT, CLASS = "train_text_to_image_ldm.py", "train_class_cond_ldm.py"
 TRAIN = [
@@ -147,7 +148,7 @@ class Watched(Fault):
     path: str = ""
 
     def install(self) -> None:
-        owner = importlib.import_module("utils.latent_cache").LatentCache
+        owner = importlib.import_module("utils.latents.cache").LatentCache
         gather = owner.gather
 
         def watched(cache, rows, variant_draw=None, caption_draw=None):
@@ -366,9 +367,9 @@ def test_killed_and_resumed_run_has_the_same_best(common, uninterrupted, tmp_pat
     folder = tmp_path / "run"
     flags = [*common, *HELD_OUT, "--output_dir", folder, *LATEST]
     for fault in (
-        SignalAt("utils.step_log:StepLog.step_done", 7),
-        SignalAt("utils.evaluation:step_of", 2),
-        SignalAt("utils.evaluation:Evaluator._write_history", 3),
+        SignalAt("utils.training.step_log:StepLog.step_done", 7),
+        SignalAt("utils.training.evaluator:step_of", 2),
+        SignalAt("utils.training.evaluator:Evaluator._write_history", 3),
     ):
         assert run(CLASS, *flags, fault=fault, check=False).returncode == -signal.SIGKILL
     run(CLASS, *flags)
@@ -391,7 +392,7 @@ def test_patience_ends_a_run_that_does_not_improve(common, tmp_path, processes):
     folder = tmp_path / "run"
     flags = [*common, *HELD_OUT, *STILL, "--train_batch_size", 4 // processes, "--output_dir", folder, *LATEST]
     killed = run(
-        CLASS, *flags, processes=processes, fault=SignalAt("utils.step_log:StepLog.step_done", 5), check=False
+        CLASS, *flags, processes=processes, fault=SignalAt("utils.training.step_log:StepLog.step_done", 5), check=False
     )
     assert killed.returncode == -signal.SIGKILL
     assert [each["global_step"] for each in history_of(folder)] == [2, 4]

@@ -16,30 +16,30 @@ from scipy.sparse import csr_matrix
 from scipy.stats import chisquare, nbinom, norm
 from torch import Tensor, nn
 
-from utils import expression_stream
-from utils.checkpoints import Checkpoints
-from utils.codecs import Normalisation
-from utils.conditions import ConditionSum, NoCondition
-from utils.data_expression import CellTable
+from utils.diffusion.conditions import ConditionSum, NoCondition
+from utils.diffusion.denoiser import ConditionalDenoiser, JointDenoiser, num_tokens
+from utils.diffusion.objectives import training_scheduler
+from utils.diffusion.sampling import sampling_scheduler
 from utils.errors import UserError
-from utils.expression_codec import draw_cells, encode_cells
-from utils.expression_pictures import principal_plane, scatter_grid
-from utils.expression_pipeline import ExpressionPipeline
-from utils.expression_requests import as_trained, condition_values, draw_batches, sample_cells
-from utils.expression_runs import dit_arguments, mlp_arguments
-from utils.expression_stream import CellStream, cell_batch, gene_shares, theta_of_moments
-from utils.expression_training import BestWeights, Elbo, HeldOutCells, correlations, initialise, measure_latents
-from utils.expression_validation import latent_distance
-from utils.likelihoods import LIKELIHOODS, MAX_THETA, MIN_STD, MIN_THETA, CountParameters
-from utils.models.denoiser import ConditionalDenoiser, JointDenoiser, num_tokens
+from utils.expression.codec import draw_cells, encode_cells
+from utils.expression.data import stream as expression_stream
+from utils.expression.data.stream import CellStream, cell_batch, gene_shares, theta_of_moments
+from utils.expression.data.table import CellTable
+from utils.expression.pictures import principal_plane, scatter_grid
+from utils.expression.pipeline import ExpressionPipeline
+from utils.expression.sampler import as_trained, condition_values, draw_batches, sample_cells
+from utils.expression.setup import dit_arguments, mlp_arguments
+from utils.expression.vae.likelihoods import LIKELIHOODS, MAX_THETA, MIN_STD, MIN_THETA, CountParameters
+from utils.expression.vae.network import ExpressionVAE
+from utils.expression.vae.training import BestWeights, Elbo, HeldOutCells, correlations, initialise, measure_latents
+from utils.expression.validation import latent_distance
+from utils.image.codec import Normalisation
+from utils.image.vae.losses import kl_weight_at
+from utils.latents.posterior import PosteriorSums
 from utils.models.dit import DiT
-from utils.models.expression_vae import ExpressionVAE
 from utils.models.vector_mlp import VECTOR_MLP_SIZES, VectorMLP
-from utils.objectives import training_scheduler
-from utils.optimization import LR_SCHEDULES, learning_rate_at, make_optimizer, set_learning_rate
-from utils.posterior import PosteriorSums
-from utils.sampling import sampling_scheduler
-from utils.vae_losses import kl_weight_at
+from utils.training.checkpoints import Checkpoints
+from utils.training.optimizers import LR_SCHEDULES, learning_rate_at, make_optimizer, set_learning_rate
 
 GENES, CHANNELS, CELLS = 12, 3, 40
 NAMES = [f"G{i}" for i in range(GENES)]

@@ -23,29 +23,29 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 
 import sample as sample_script
-from utils.column_cache import category_name
-from utils.data_cells import open_cells
-from utils.data_expression import read_table, stratified_split
-from utils.data_genes import choose_genes
+from utils.diffusion.denoiser import ConditionalDenoiser, JointDenoiser
 from utils.draws import SampleDraws, StreamOrder, keys
 from utils.errors import UserError
-from utils.expression_codec import load_expression_vae
-from utils.expression_export import load_columns, load_expression_run
-from utils.joint_training import JointCache, encode_jointly
-from utils.latent_cache import LatentSpec
-from utils.lora import is_adapted
-from utils.models.denoiser import ConditionalDenoiser, JointDenoiser
+from utils.expression.cache import VectorCache
+from utils.expression.codec import load_expression_vae
+from utils.expression.data.genes import choose_genes
+from utils.expression.data.source import open_cells
+from utils.expression.data.table import read_table, stratified_split
+from utils.expression.export import load_columns, load_expression_run
+from utils.expression.joint import JointCache, encode_jointly
+from utils.image.vae.losses import kl_weight_at
+from utils.latents.cache import LatentSpec
+from utils.latents.columns import category_name
 from utils.models.dit import DiT
 from utils.models.vector_mlp import VectorMLP
-from utils.vae_losses import kl_weight_at
-from utils.vector_cache import VectorCache
+from utils.training.lora import is_adapted
 
 anndata = pytest.importorskip("anndata")
 sc = pytest.importorskip("scanpy")
 
 from expression_helpers import write_pbmc68k  # noqa: E402
 
-from utils.data_h5ad import write_h5ad  # noqa: E402
+from utils.expression.data.h5ad import write_h5ad  # noqa: E402
 
 VAE, CACHE, LDM, SAMPLE = "train_expression_vae.py", "precompute_latents.py", "train_expression_ldm.py", "sample.py"
 LATEST = ["--resume_from_checkpoint", "latest"]
@@ -259,10 +259,10 @@ def test_killed_and_resumed_autoencoder_is_bit_identical(data, vae_run, tmp_path
     that is left is to export. It has dropout."""
     flags = ["--dataset_name", data.few, *TRAIN_VAE, "--output_dir", tmp_path / "run", *LATEST]
     kills = [
-        ("utils.step_log:StepLog.step_done", 3),
-        ("utils.expression_training:write_json", 1),
-        ("utils.checkpoints:fsync_path", 2),
-        ("utils.expression_training:measure_latents", 1),
+        ("utils.training.step_log:StepLog.step_done", 3),
+        ("utils.expression.vae.training:write_json", 1),
+        ("utils.training.checkpoints:fsync_path", 2),
+        ("utils.expression.vae.training:measure_latents", 1),
     ]
     for function, count in kills:
         running = start(VAE, *flags, fault=SignalAt(function, count))
@@ -310,9 +310,9 @@ def test_genes_are_chosen_on_the_training_cells_and_files_hold_the_counts(data, 
     flags += ["--likelihood", "gaussian"]
     flags += ["--low_memory", "--mixed_precision", "bf16", "--gradient_accumulation_steps", 2, "--max_train_steps", 4]
     flags += ["--output_dir", tmp_path / "run", *LATEST]
-    assert start(VAE, *flags, fault=SignalAt("utils.data_store:GrowingFile.finish", 2)).wait_for_kill()
+    assert start(VAE, *flags, fault=SignalAt("utils.expression.data.store:GrowingFile.finish", 2)).wait_for_kill()
     assert list((tmp_path / "run" / "counts" / "train").glob(".tmp-*"))
-    assert start(VAE, *flags, fault=SignalAt("utils.run:save_args", 1)).wait_for_kill()
+    assert start(VAE, *flags, fault=SignalAt("utils.training.setup:save_args", 1)).wait_for_kill()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["counts"]
     assert not list((tmp_path / "run").rglob(".tmp-*"))
     assert "counts are taken from" in run(VAE, *flags).stderr
@@ -382,7 +382,7 @@ def test_normalisations_of_the_cache(caches, vae_run):
 def test_a_cache_killed_and_started_again(data, vae_run, caches, tmp_path):
     flags = [*cache_flags(data.few, vae_run), "--latents_dir", tmp_path / "cache"]
     assert start(CACHE, *flags, fault=SignalAt("utils.files:replace_durably", 1)).wait_for_kill()  # with no plan.json
-    assert start(CACHE, *flags, fault=SignalAt("utils.precompute_expression:encode_cells", 4)).wait_for_kill()
+    assert start(CACHE, *flags, fault=SignalAt("utils.expression.precompute:encode_cells", 4)).wait_for_kill()
     assert not (tmp_path / "cache" / "latent_spec.json").exists()
     assert "dataset = " in refused(run(CACHE, *flags, "--split", "val", check=False))
     run(CACHE, *flags)
@@ -440,11 +440,11 @@ def test_killed_and_resumed_denoiser_is_bit_identical(ldm_flags, evaluated, cond
 def check_killed(flags, expected, folder, seed):
     chance = random.Random(seed)
     kills = [
-        ("utils.step_log:StepLog.step_done", chance.randint(1, 3)),
-        ("utils.checkpoints:fsync_path", 2),
-        ("utils.evaluation:Evaluator._keep", 1),
-        ("utils.step_log:StepLog.step_done", 6),
-        ("utils.expression_validation:CellSamples.save", 1),
+        ("utils.training.step_log:StepLog.step_done", chance.randint(1, 3)),
+        ("utils.training.checkpoints:fsync_path", 2),
+        ("utils.training.evaluator:Evaluator._keep", 1),
+        ("utils.training.step_log:StepLog.step_done", 6),
+        ("utils.expression.validation:CellSamples.save", 1),
     ]
     for function, count in kills:
         running = start(LDM, *flags, fault=SignalAt(function, count))
@@ -799,7 +799,9 @@ def test_a_finished_joint_run_goes_on(joint, joint_flags, tmp_path):
     shutil.copytree(joint[0], tmp_path / "run")
     flags = [*joint_flags, "--output_dir", tmp_path / "run", *LATEST]
     before = contents(tmp_path / "run" / "vae")
-    assert start(LDM, *flags, "--max_train_steps", 12, fault=SignalAt("utils.run:announce", 1)).wait_for_kill()
+    assert start(
+        LDM, *flags, "--max_train_steps", 12, fault=SignalAt("utils.training.setup:announce", 1)
+    ).wait_for_kill()
     assert contents(tmp_path / "run" / "vae") == before
     run(LDM, *flags, "--max_train_steps", 12)
     assert contents(tmp_path / "run" / "vae") != before

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from utils.clip_vocabulary import build_clip_tokenizer
 from utils.errors import UserError
-from utils.features import PixelFeatures, clean_resize, load_features
-from utils.models.classifier import ImageClassifier
+from utils.image.clip_vocabulary import build_clip_tokenizer
+from utils.image.evaluation.classifier import ImageClassifier
+from utils.image.evaluation.features import PixelFeatures, clean_resize, load_features
 
 
 def random_images(count: int, height: int, width: int) -> torch.Tensor:

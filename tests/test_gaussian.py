@@ -13,10 +13,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from scipy import stats
 
+from utils.diffusion.objectives import MIN_LOSS_WEIGHT, OBJECTIVES, DDPMObjective, training_scheduler
+from utils.diffusion.pipelines import LatentDiffusionPipeline
+from utils.diffusion.sampling import FLOW_SAMPLERS, MAX_TIMESTEPS_LEFT, SAMPLERS, sampling_scheduler
 from utils.errors import UserError
-from utils.objectives import MIN_LOSS_WEIGHT, OBJECTIVES, DDPMObjective, training_scheduler
-from utils.pipelines import LatentDiffusionPipeline
-from utils.sampling import FLOW_SAMPLERS, MAX_TIMESTEPS_LEFT, SAMPLERS, sampling_scheduler
 
 SHAPE = (2, 2, 2)  # channels, height, width
 D = 8

@@ -23,14 +23,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from utils import requests
-from utils.conditions import ClassCondition, Conditioning, NoCondition, TextCondition, encode_text
+from utils.diffusion.conditions import ClassCondition, Conditioning, NoCondition, TextCondition, encode_text
+from utils.diffusion.guidance import check_guidance, extrapolate, guidance_scales, guided_prediction, rescale
+from utils.diffusion.objectives import DDPMObjective, training_scheduler
+from utils.diffusion.pipelines import LatentDiffusionPipeline
+from utils.diffusion.sampling import SAMPLERS, sampling_scheduler
 from utils.errors import UserError
-from utils.export import load_run
-from utils.guidance import check_guidance, extrapolate, guidance_scales, guided_prediction, rescale
-from utils.objectives import DDPMObjective, training_scheduler
-from utils.pipelines import LatentDiffusionPipeline
-from utils.sampling import SAMPLERS, sampling_scheduler
+from utils.image import sampler as requests
+from utils.image.pipeline import load_run
 
 SHAPES = [(3, 8), (3, 5, 4), (3, 2, 4, 4)]  # vectors, sets, grids
 

@@ -15,11 +15,14 @@ from conftest import ROOT
 from diffusers import AutoencoderKL
 from torch import nn
 
-from utils import codecs, perceptual, vae_losses, vae_training
 from utils.errors import UserError
-from utils.image_quality import psnr, ssim
-from utils.models.discriminator import Adversary, PatchDiscriminator, build_discriminator
-from utils.models.image_vae import VAE_PRESETS, TrainableVAE, build_vae
+from utils.image import codec as codecs
+from utils.image.vae import losses as vae_losses
+from utils.image.vae import perceptual
+from utils.image.vae import training as vae_training
+from utils.image.vae.discriminator import Adversary, PatchDiscriminator, build_discriminator
+from utils.image.vae.network import VAE_PRESETS, TrainableVAE, build_vae
+from utils.image.vae.quality import psnr, ssim
 
 
 def images(count=4, side=16, seed=0):

@@ -33,7 +33,7 @@ def flags(image_folder):
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
     """Features to measure in: a classifier with random weights, eight features."""
-    from utils.models.classifier import ImageClassifier
+    from utils.image.evaluation.classifier import ImageClassifier
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("classifier")
@@ -84,10 +84,10 @@ def test_psnr_and_rfid_are_those_of_the_exported_model(whole, classifier, image_
     """Measured again from the files, with none of the run's code but the choice of rows."""
     from diffusers import AutoencoderKL
 
-    from utils.features import load_features
-    from utils.held_out import in_fixed_order
-    from utils.image_pixels import resize_and_crop
-    from utils.metrics_images import Statistics, frechet_distance
+    from utils.image.data.pixels import resize_and_crop
+    from utils.image.evaluation.features import load_features
+    from utils.image.evaluation.metrics import Statistics, frechet_distance
+    from utils.training.held_out import in_fixed_order
 
     folder, _ = whole
     paths = sorted(image_folder.glob("*.png"))
@@ -157,8 +157,8 @@ def test_killed_and_resumed_with_a_discriminator_is_bit_identical(flags, tmp_pat
     run(SCRIPT, *flags, "--output_dir", tmp_path / "whole", processes=processes)
     folder = tmp_path / "killed"
     chance = random.Random(name)
-    for function, count in (("utils.step_log:StepLog.step_done", 3), ("utils.checkpoints:fsync_path", 2),
-                            ("utils.step_log:StepLog.step_done", 4)):  # fmt: skip
+    for function, count in (("utils.training.step_log:StepLog.step_done", 3), ("utils.training.checkpoints:fsync_path", 2),
+                            ("utils.training.step_log:StepLog.step_done", 4)):  # fmt: skip
         rank = chance.randrange(processes) if "StepLog" in function else 0
         running = start(
             SCRIPT, *flags, "--output_dir", folder, *LATEST,
@@ -223,7 +223,7 @@ def test_processes_and_micro_batches_are_one_batch(flags, one_batch, tmp_path, p
 
 @pytest.mark.parametrize(
     ("function", "count"),
-    [("utils.vae_losses:generator_loss", 2), ("utils.models.discriminator:Adversary.forward", 4)],
+    [("utils.image.vae.losses:generator_loss", 2), ("utils.image.vae.discriminator:Adversary.forward", 4)],
     ids=["in the autoencoder's loss", "in the discriminator's loss"],
 )
 def test_a_step_that_is_not_finite_moves_neither(flags, tmp_path, function, count):

@@ -11,11 +11,11 @@ from conftest import COLOURS, TRAIN_FLAGS, cache_flags, refused
 from helpers import run, scalars
 from PIL import Image
 
-from utils import codecs
-from utils.conditions import encode_text
+from utils.diffusion.conditions import encode_text
 from utils.draws import SampleDraws, uniform_draws
 from utils.errors import UserError
-from utils.latent_cache import LatentCache, LatentSpec, LatentStream
+from utils.image import codec as codecs
+from utils.latents.cache import LatentCache, LatentSpec, LatentStream
 
 NUM_ROWS, EPOCHS = 48, 16
 CAPTIONS = [[f"a {name} square", name] for name in COLOURS]  # of label 0, 1, 2
@@ -271,7 +271,7 @@ def test_encoder_in_the_loop_gives_the_losses_of_cached_states(
 
 
 def test_null_caption_is_the_encoded_empty_string(opened, tiny_text_encoder):
-    from utils.text_encoders import load_text_encoder
+    from utils.image.text import load_text_encoder
 
     expected = encode_text(*load_text_encoder(str(tiny_text_encoder)), [""])
     states, num_tokens = opened.null_caption()

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from utils.codecs import Normalisation
-from utils.conditions import NoCondition
-from utils.crystal_pipeline import CrystalPipeline
-from utils.learned_variance import VLB_WEIGHT
-from utils.models.crystal_vae import CrystalVAE
-from utils.models.denoiser import ConditionalDenoiser
+from utils.crystal.pipeline import CrystalPipeline
+from utils.crystal.vae.network import CrystalVAE
+from utils.diffusion.conditions import NoCondition
+from utils.diffusion.denoiser import ConditionalDenoiser
+from utils.diffusion.learned_variance import VLB_WEIGHT
+from utils.diffusion.objectives import DDPMObjective, training_scheduler
+from utils.diffusion.sampling import image_generators, sampling_scheduler
+from utils.image.codec import Normalisation
 from utils.models.dit import DiT
-from utils.objectives import DDPMObjective, training_scheduler
-from utils.sampling import image_generators, sampling_scheduler
 
 TYPES = ("epsilon", "v_prediction", "sample")
 

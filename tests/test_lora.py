@@ -19,20 +19,21 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from utils import build, lora
-from utils.arg_checks import check_lora_args
-from utils.budget import forward_flops
-from utils.conditions import ClassCondition, NoCondition, TextCondition
-from utils.ema import EMA
+from utils.args.checks import check_lora_args
+from utils.diffusion.conditions import ClassCondition, NoCondition, TextCondition
+from utils.diffusion.denoiser import ConditionalDenoiser
+from utils.diffusion.objectives import OBJECTIVES, training_scheduler
 from utils.errors import UserError
-from utils.export import load_run
-from utils.held_out import hold_out, validation_losses
-from utils.latent_cache import LatentCache
-from utils.models.denoiser import ConditionalDenoiser
+from utils.image import networks as build
+from utils.image.pipeline import load_run
+from utils.latents.cache import LatentCache
 from utils.models.dit import DiT
 from utils.models.unet import build_unet, unet_config
-from utils.objectives import OBJECTIVES, training_scheduler
-from utils.optimization import make_optimizer
+from utils.training import lora
+from utils.training.ema import EMA
+from utils.training.flops import forward_flops
+from utils.training.held_out import hold_out, validation_losses
+from utils.training.optimizers import make_optimizer
 
 TEXT, CLASS = "train_text_to_image_ldm.py", "train_class_cond_ldm.py"
 FLAG = "--pretrained_model_name_or_path"
@@ -528,7 +529,7 @@ def test_killed_and_resumed_is_bit_identical(cache, bases, tuned, tmp_path, name
     flags = ["--latents_dir", cache, *TUNE, "--lora_rank", 4, "--lora_alpha", 8, FLAG, bases[name], *LATEST]
     flags += ["--validation_prompts", "red"] if name == "text" else ["--eval_steps", 4, "--num_validation_samples", 12]
     flags += ["--output_dir", tmp_path / "run"]
-    assert start(script, *flags, fault=SignalAt("utils.step_log:StepLog.step_done", 6)).wait_for_kill()
+    assert start(script, *flags, fault=SignalAt("utils.training.step_log:StepLog.step_done", 6)).wait_for_kill()
     assert not (tmp_path / "run" / "lora" / "adapter_model.safetensors").exists()
     load_run(tmp_path / "run")  # its checkpoint: adapters and all
     run(script, *flags)

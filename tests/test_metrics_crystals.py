@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from conftest import DATA
 
-from utils import metrics_crystals, metrics_structures
-from utils.crystals import Crystal, parse_formula
-from utils.data_crystals import load_crystals
+from utils.crystal import matching as metrics_structures
+from utils.crystal.data.table import load_crystals
+from utils.crystal.evaluation import metrics as metrics_crystals
+from utils.crystal.matching import is_match, is_structurally_valid, match_pairs, match_rmsd, novel, unique
+from utils.crystal.structure import Crystal, parse_formula
 from utils.errors import UserError
-from utils.metrics_structures import is_match, is_structurally_valid, match_pairs, match_rmsd, novel, unique
 
 for package in ("pymatgen", "spglib", "smact", "ase"):
     pytest.importorskip(package)

@@ -10,10 +10,13 @@ import pytest
 import torch
 from conftest import DATA
 
-from utils import metrics_expression, metrics_markers
 from utils.errors import UserError
-from utils.metrics_cells import Cells, equal_numbers, per_type, pooled_space, principal_components
-from utils.metrics_expression import (
+from utils.evaluation.figures import Figure
+from utils.expression.evaluation import markers as metrics_markers
+from utils.expression.evaluation import metrics as metrics_expression
+from utils.expression.evaluation.cells import Cells, equal_numbers, per_type, pooled_space, principal_components
+from utils.expression.evaluation.markers import Classifier, marker_figures, train_on_synthetic_test_on_real
+from utils.expression.evaluation.metrics import (
     distance_figures,
     gene_figures,
     lisi_figure,
@@ -21,8 +24,6 @@ from utils.metrics_expression import (
     random_forest_figures,
     total_least_squares_slope,
 )
-from utils.metrics_intervals import Figure
-from utils.metrics_markers import Classifier, marker_figures, train_on_synthetic_test_on_real
 
 KINDS = ("B", "CD14+", "NK", "T")
 NUM_GENES, MARKERS = 240, 24  # genes, and those of them that each type has six times as much of

@@ -9,9 +9,11 @@ import scipy.linalg
 import torch
 from torch import Tensor, nn
 
-from utils import metrics_images, metrics_intervals, metrics_neighbours
 from utils.errors import UserError
-from utils.metrics_images import Statistics, frechet_distance
+from utils.evaluation import figures as metrics_intervals
+from utils.evaluation import neighbours as metrics_neighbours
+from utils.image.evaluation import metrics as metrics_images
+from utils.image.evaluation.metrics import Statistics, frechet_distance
 
 
 def gaussian(count: int, dim: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> Tensor:

@@ -9,10 +9,10 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention as UNetAttention
 from torch import nn
 
-from utils.build import dit_arguments
-from utils.conditions import ClassCondition, TextCondition
+from utils.diffusion.conditions import ClassCondition, TextCondition
+from utils.diffusion.denoiser import ConditionalDenoiser
+from utils.image.networks import dit_arguments
 from utils.models.attention import Attention, RMSNorm, rotate
-from utils.models.denoiser import ConditionalDenoiser
 from utils.models.dit import DIT_SIZES, POSITIONS, DiT, position_table, rotary_table, timestep_embedding
 from utils.models.unet import UNET_PRESETS, build_unet, unet_config
 

@@ -10,10 +10,10 @@ from diffusers import DDPMScheduler
 from scipy import stats
 
 import train_class_cond_ldm
+from utils.diffusion.objectives import MIN_LOSS_WEIGHT, OBJECTIVES, training_scheduler
+from utils.diffusion.sampling import FLOW_SAMPLERS, SAMPLERS, sampling_scheduler
 from utils.draws import SampleDraws
 from utils.errors import UserError
-from utils.objectives import MIN_LOSS_WEIGHT, OBJECTIVES, training_scheduler
-from utils.sampling import FLOW_SAMPLERS, SAMPLERS, sampling_scheduler
 
 DDPM_TYPES = ["epsilon", "v_prediction", "sample"]
 SHAPES = [(6, 4, 5, 3), (6, 7, 3), (6, 9)]  # a grid, a set, a vector

@@ -13,16 +13,16 @@ from helpers import SignalAt, run, start
 from test_resume import LATEST, assert_identical, trained
 from torch import nn
 
-from utils import arg_checks
-from utils.args import add_optimizer_args
-from utils.conditions import ClassCondition, NoCondition
+from utils.args import checks as arg_checks
+from utils.args.groups import add_optimizer_args
+from utils.args.parsing import parse_with_config
+from utils.diffusion.conditions import ClassCondition, NoCondition
+from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.errors import UserError
-from utils.models.denoiser import ConditionalDenoiser
+from utils.image.vae.network import TrainableVAE, build_vae
 from utils.models.dit import DiT
-from utils.models.image_vae import TrainableVAE, build_vae
 from utils.models.unet import build_unet, unet_config
-from utils.optimization import OPTIMIZERS, clip_grad_norm_, hidden_matrices, make_optimizer, set_learning_rate
-from utils.parsing import parse_with_config
+from utils.training.optimizers import OPTIMIZERS, clip_grad_norm_, hidden_matrices, make_optimizer, set_learning_rate
 
 CLASS = "train_class_cond_ldm.py"
 SETTINGS = {"learning_rate": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1, "epsilon": 1e-8}
@@ -290,7 +290,7 @@ def test_killed_and_resumed_is_bit_identical(flags, tmp_path, kind):
     run(CLASS, *flags, "--output_dir", tmp_path / "whole")
     chance = random.Random(kind)
     for count in (chance.randint(5, 11), chance.randint(5, 9)):
-        fault = SignalAt("utils.step_log:StepLog.step_done", count)
+        fault = SignalAt("utils.training.step_log:StepLog.step_done", count)
         running = start(CLASS, *flags, "--output_dir", tmp_path / "run", *LATEST, fault=fault)
         assert running.wait_for_kill(), running.wait().stderr
     run(CLASS, *flags, "--output_dir", tmp_path / "run", *LATEST)
@@ -308,7 +308,7 @@ def test_another_optimizer_is_refused(flags, tmp_path):
 
 
 def test_identity_names_the_optimizer():
-    from utils.run import identity_of
+    from utils.training.setup import identity_of
 
     accelerator = SimpleNamespace(num_processes=1)
     args = parsed("--use_8bit_adam")

@@ -11,9 +11,7 @@ import torch
 import yaml
 from diffusers.optimization import get_scheduler
 
-from utils.errors import UserError
-from utils.optimization import LR_SCHEDULES, learning_rate_at, set_learning_rate
-from utils.parsing import (
+from utils.args.parsing import (
     fraction,
     non_negative_float,
     non_negative_int,
@@ -21,6 +19,8 @@ from utils.parsing import (
     positive_float,
     positive_int,
 )
+from utils.errors import UserError
+from utils.training.optimizers import LR_SCHEDULES, learning_rate_at, set_learning_rate
 
 
 def parser():
@@ -267,7 +267,7 @@ def parse_script(monkeypatch, script, argv):
 @pytest.mark.parametrize(("script", "flags"), [(script, flags) for script, each in SCRIPTS.items() for flags in each])
 def test_args_yaml_round_trip(monkeypatch, tmp_path, script, flags):
     """Arguments that were written to args.yaml and read as --config are the same arguments, and ask for the same."""
-    from utils.run import save_args
+    from utils.training.setup import save_args
 
     first = parse_script(monkeypatch, script, flags.split())
     save_args(first, tmp_path, SimpleNamespace(is_main_process=True))
@@ -285,7 +285,7 @@ def test_args_yaml_round_trip(monkeypatch, tmp_path, script, flags):
 
 def test_repeated_prompts_round_trip(monkeypatch, tmp_path):
     """Prompts in any script, quotes and colons included, survive the file."""
-    from utils.run import save_args
+    from utils.training.setup import save_args
 
     prompts = ["no", "a: b", "  'quoted'", "🦊 漢字", "1e-4", "# not a comment"]
     argv = ["--output_dir", "o", "--latents_dir", "l", "--validation_prompts", *prompts]

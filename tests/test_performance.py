@@ -11,9 +11,9 @@ from diffusers.models.attention_processor import Attention
 from helpers import run
 from PIL import Image
 
-from utils.export import load_run
-from utils.latent_cache import LatentCache
-from utils.sampling import speed_up
+from utils.diffusion.sampling import speed_up
+from utils.image.pipeline import load_run
+from utils.latents.cache import LatentCache
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,8 @@ def test_train_steps_tells_what_a_training_takes(cache, model_flags, tmp_path):
 def test_waiting_for_data_is_told(common, cache, model_flags, tmp_path, monkeypatch):
     import train_steps
 
-    from utils import budget, run
+    from utils.training import flops as budget
+    from utils.training import setup as run
 
     make_loader = run.make_loader
 

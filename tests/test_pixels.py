@@ -11,10 +11,10 @@ from conftest import TRAIN_FLAGS, refused
 from helpers import run
 from PIL import Image
 
-from utils import codecs
-from utils.image_pixels import BACKGROUNDS, Framing
-from utils.latent_cache import LatentCache
-from utils.models.pixel_codec import PixelCodec
+from utils.image import codec as codecs
+from utils.image.data.pixels import BACKGROUNDS, Framing
+from utils.image.pixel_codec import PixelCodec
+from utils.latents.cache import LatentCache
 
 
 @pytest.fixture(scope="module")

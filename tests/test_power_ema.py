@@ -10,9 +10,9 @@ from scipy.integrate import quad
 from scipy.optimize import brentq
 from torch import nn
 
-from utils.ema import EMA, reconstruct, stored_snapshots
 from utils.errors import UserError
-from utils.power_ema import gamma_of, inner_products, power_decay, reconstruction_weights
+from utils.training.ema import EMA, reconstruct, stored_snapshots
+from utils.training.power_ema import gamma_of, inner_products, power_decay, reconstruction_weights
 
 
 def profile(step: int, sigma_rel: float) -> np.ndarray:

@@ -17,9 +17,9 @@ from conftest import DATA, refused, run_script
 from helpers import ROOT, SignalAt, contents, run, snapshot, start
 from PIL import Image
 
-from utils.cache_encoding import decode_ahead
-from utils.latent_cache import LatentCache, LatentSpec
-from utils.precompute import finished_cache
+from utils.image.encoding import decode_ahead
+from utils.image.precompute import finished_cache
+from utils.latents.cache import LatentCache, LatentSpec
 
 PRECOMPUTE = "precompute_latents.py"
 NUM_IMAGES, BAD = 200, {3: b"", 77: b"not an image", 130: None}  # None: cut short
@@ -69,7 +69,7 @@ def whole(flags, tmp_path_factory):
 def unfinished(flags, tmp_path_factory):
     """A cache that was killed after some shards."""
     folder = tmp_path_factory.mktemp("unfinished") / "cache"
-    fault = SignalAt("utils.cache_writer:ShardFolder.write", 4)
+    fault = SignalAt("utils.latents.writer:ShardFolder.write", 4)
     assert start(PRECOMPUTE, *flags, "--latents_dir", folder, fault=fault).wait_for_kill()
     assert not (folder / "latent_spec.json").exists()
     return folder

@@ -15,10 +15,10 @@ from helpers import ENVIRONMENT, SignalAt, contents, run, scalars, snapshot, sta
 from safetensors.torch import load_file
 
 from utils import files
-from utils.checkpoints import prune
-from utils.ema import SNAPSHOTS
-from utils.export import find_run
-from utils.optimization import learning_rate_at
+from utils.image.pipeline import find_run
+from utils.training.checkpoints import prune
+from utils.training.ema import SNAPSHOTS
+from utils.training.optimizers import learning_rate_at
 
 TEXT, CLASS = "train_text_to_image_ldm.py", "train_class_cond_ldm.py"
 STEPS = 24
@@ -127,10 +127,10 @@ def test_killed_and_resumed_is_bit_identical(common, uninterrupted, tmp_path, na
     folder = tmp_path / "run"
     chance = random.Random(name)
     kills = [
-        ("utils.step_log:StepLog.step_done", chance.randint(5, 7), 4),
-        ("utils.checkpoints:fsync_path", 2, 4),  # steps 5 to 8, and one file of checkpoint-8
-        ("utils.checkpoints:prune", 2, 12),  # steps 5 to 8, and 9 to 12
-        ("utils.step_log:StepLog.step_done", chance.randint(1, 3), 12),
+        ("utils.training.step_log:StepLog.step_done", chance.randint(5, 7), 4),
+        ("utils.training.checkpoints:fsync_path", 2, 4),  # steps 5 to 8, and one file of checkpoint-8
+        ("utils.training.checkpoints:prune", 2, 12),  # steps 5 to 8, and 9 to 12
+        ("utils.training.step_log:StepLog.step_done", chance.randint(1, 3), 12),
     ]
     for function, count, last_checkpoint in kills:
         rank = chance.randrange(processes) if "StepLog" in function else 0
@@ -160,7 +160,7 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_exits_0(common, uninterr
     script, processes, flags = common[name]
     folder = tmp_path / "run"
     flags = [*flags, "--output_dir", folder, *LATEST]
-    fault = SignalAt("utils.objectives:Objective.loss", 7, rank=processes - 1, signal=number)
+    fault = SignalAt("utils.diffusion.objectives:Objective.loss", 7, rank=processes - 1, signal=number)
     result = run(script, *flags, processes=processes, fault=fault)
     step = 2 if "accumulated" in name else 7  # the seventh of its micro-steps belongs to the second step
     assert steps_of(folder)[-1] == step
@@ -212,7 +212,7 @@ def test_latest_without_a_checkpoint_starts(common, uninterrupted, tmp_path):
     """In a folder that is not there yet, and in one whose only checkpoint was never completed."""
     script, _, flags = common["text unet"]
     folder = tmp_path / "run"
-    fault = SignalAt("utils.step_log:StepLog.step_done", 1)
+    fault = SignalAt("utils.training.step_log:StepLog.step_done", 1)
     assert start(script, *flags, "--output_dir", folder, *LATEST, fault=fault).wait_for_kill()
     assert steps_of(folder) == []
     half = folder / ".tmp-checkpoint-4"
@@ -380,7 +380,7 @@ def test_killed_before_it_is_a_run(common, tmp_path):
     flags = [*flags, "--output_dir", tmp_path / "run", *LATEST]
     assert start(script, *flags, fault=SignalAt("utils.files:replace_durably", 1)).wait_for_kill()
     assert [path.name[:5] for path in (tmp_path / "run").iterdir()] == [".tmp-"]
-    assert start(script, *flags, fault=SignalAt("utils.step_log:StepLog.step_done", 1)).wait_for_kill()
+    assert start(script, *flags, fault=SignalAt("utils.training.step_log:StepLog.step_done", 1)).wait_for_kill()
     assert (tmp_path / "run" / "args.yaml").is_file()
     assert not list((tmp_path / "run").glob(".tmp-*"))
 
@@ -391,7 +391,7 @@ def test_killed_before_snapshots_are_whole(common, tmp_path):
     flags = [*flags, "--max_train_steps", 8, "--ema_sigma_rels", 0.1, "--ema_snapshot_steps", 4, *LATEST]
     run(script, *flags, "--output_dir", tmp_path / "whole")
     for count in (1, 2):
-        fault = SignalAt("utils.ema:replace_durably", count)
+        fault = SignalAt("utils.training.ema:replace_durably", count)
         assert start(script, *flags, "--output_dir", tmp_path / "run", fault=fault).wait_for_kill()
     run(script, *flags, "--output_dir", tmp_path / "run")
     snapshots = contents(tmp_path / "whole" / SNAPSHOTS)
@@ -406,7 +406,7 @@ def test_killed_while_a_finished_run_is_exported_anew(common, tmp_path):
     run(script, *flags, "--max_train_steps", 4)
     assert find_run(tmp_path, "--model")[2] is None
     flags += ["--max_train_steps", 8]
-    for function in ("utils.export:write_text", "utils.export:index_of"):
+    for function in ("utils.image.pipeline:write_text", "utils.image.pipeline:index_of"):
         assert start(script, *flags, fault=SignalAt(function, 1)).wait_for_kill()
         assert find_run(tmp_path, "--model")[2] == tmp_path / "checkpoint-8"
     run(script, *flags)

@@ -14,18 +14,18 @@ from conftest import ROOT, refused
 from helpers import ENVIRONMENT, NotFinite, run, scalars
 from safetensors.torch import load_file
 
-from utils import run_control
-from utils.checkpoints import damage
 from utils.errors import UserError
-from utils.optimization import learning_rate_at
-from utils.run_control import RunControl
+from utils.training import control as run_control
+from utils.training.checkpoints import damage
+from utils.training.control import RunControl
+from utils.training.optimizers import learning_rate_at
 
 TEXT, CLASS = "train_text_to_image_ldm.py", "train_class_cond_ldm.py"
 EVERY_STEP = [
     *("--train_batch_size", 4, "--checkpointing_steps", 1, "--checkpoints_total_limit", 99, "--logging_steps", 1),
     *("--lr_warmup_steps", 0, "--learning_rate", 1e-3),
 ]
-LOSS = "utils.objectives:Objective.loss"
+LOSS = "utils.diffusion.objectives:Objective.loss"
 
 
 def state_at(folder, step: int) -> dict[str, torch.Tensor]:

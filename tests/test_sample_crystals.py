@@ -19,25 +19,25 @@ from scipy.stats import chisquare
 from torch import nn
 
 import sample as script
-from utils import lora
-from utils.checkpoints import Checkpoints
-from utils.codecs import Normalisation
-from utils.condition_args import parse_conditions
-from utils.conditions import ConditionSum, NoCondition
-from utils.crystal_export import export_run, load_crystal_run
-from utils.crystal_files import read_samples
-from utils.crystal_pipeline import CrystalPipeline
-from utils.crystal_requests import clamped_counts, condition_values, numbers_of_atoms
-from utils.crystals import Crystal, parse_formula
-from utils.data_crystals import load_crystals
-from utils.ema import EMA
+from utils.args.columns import parse_conditions
+from utils.args.sampling import SCHEDULERS
+from utils.crystal.cache import CONDITION_KINDS, OF_ATOMS
+from utils.crystal.data.table import load_crystals
+from utils.crystal.export import export_run, load_crystal_run
+from utils.crystal.files import read_samples
+from utils.crystal.pipeline import CrystalPipeline
+from utils.crystal.sampler import clamped_counts, condition_values, numbers_of_atoms
+from utils.crystal.structure import Crystal, parse_formula
+from utils.crystal.vae.network import CrystalVAE
+from utils.diffusion.conditions import ConditionSum, NoCondition
+from utils.diffusion.denoiser import ConditionalDenoiser
+from utils.diffusion.sampling import FLOW_SAMPLERS, SAMPLERS
 from utils.errors import UserError
-from utils.models.crystal_vae import CrystalVAE
-from utils.models.denoiser import ConditionalDenoiser
+from utils.image.codec import Normalisation
 from utils.models.dit import DiT
-from utils.sample_args import SCHEDULERS
-from utils.sampling import FLOW_SAMPLERS, SAMPLERS
-from utils.set_cache import CONDITION_KINDS, OF_ATOMS
+from utils.training import lora
+from utils.training.checkpoints import Checkpoints
+from utils.training.ema import EMA
 
 for package in ("pymatgen", "spglib"):
     pytest.importorskip(package)

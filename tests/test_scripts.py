@@ -166,7 +166,7 @@ def test_image_vae_measures_its_latents(image_folder, tmp_path):
         "--validation_steps", 30, "--checkpointing_steps", 15, "--logging_steps", 5, "--output_dir", tmp_path / "vae",
     )  # fmt: skip
     vae = AutoencoderKL.from_pretrained(tmp_path / "vae", subfolder="vae")
-    from utils.image_pixels import resize_and_crop
+    from utils.image.data.pixels import resize_and_crop
 
     images = [np.asarray(Image.open(path)) for path in sorted(image_folder.glob("*.png"))]
     pixels = np.stack([resize_and_crop(Image.fromarray(image), 16, True, None) for image in images])

@@ -81,8 +81,8 @@ def test_killed_and_resumed_is_bit_identical(divided, flags, tmp_path):
     folder = tmp_path / "run"
     flags = [*flags, "--output_dir", folder, "--resume_from_checkpoint", "latest"]
     for fault in (
-        SignalAt("utils.step_log:StepLog.step_done", 6, rank=1),
-        SignalAt("utils.checkpoints:fsync_path", 2),
+        SignalAt("utils.training.step_log:StepLog.step_done", 6, rank=1),
+        SignalAt("utils.training.checkpoints:fsync_path", 2),
     ):
         running = start(SCRIPT, *flags, processes=2, fault=fault, environment=FSDP)
         assert running.wait_for_kill(), running.wait().stderr

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from utils.conditions import encode_text
+from utils.diffusion.conditions import encode_text
 from utils.errors import UserError
-from utils.text_encoders import load_text_encoder
+from utils.image.text import load_text_encoder
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -137,7 +137,7 @@ def save_as_transformers(model, folder, activation, whole):
     """A folder as on the hub: a text model alone, or with `whole` a CLIPModel whose config has both towers, as LAION's."""
     from safetensors.torch import save_file
 
-    from utils.clip_vocabulary import build_clip_tokenizer
+    from utils.image.clip_vocabulary import build_clip_tokenizer
 
     folder.mkdir()
     tower = getattr(model, "text", model)
@@ -214,7 +214,7 @@ def test_pooled_state_with_the_hubs_end_token(checkpoints, tmp_path):
     """With the eos_token_id 2 of most hub configs the state of the last real token is still CLIP's pooled one."""
     from transformers import CLIPTextModel
 
-    from utils.conditions import TextCondition, tokenize
+    from utils.diffusion.conditions import TextCondition, tokenize
 
     model, _ = checkpoints["tiny-gelu"]
     folder = save_as_transformers(model, tmp_path / "clip", "gelu", whole=False)
@@ -231,7 +231,7 @@ def test_converted_model_saves_and_loads(checkpoints, tmp_path):
     whose pooler_output is open_clip's: the state of the end of text, the token with the largest id."""
     from transformers import CLIPTextModel
 
-    from utils.conditions import tokenize
+    from utils.diffusion.conditions import tokenize
 
     model, checkpoint = checkpoints["tiny-gelu"]
     tokenizer, text_encoder = load_text_encoder(f"tiny-gelu:{checkpoint}", library="open_clip")

@@ -12,13 +12,13 @@ from helpers import contents, run
 from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils import arg_checks
-from utils.budget import forward_flops
-from utils.conditions import ClassCondition
+from utils.args import checks as arg_checks
+from utils.diffusion.conditions import ClassCondition
+from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.draws import SampleDraws
 from utils.errors import UserError
-from utils.models.denoiser import ConditionalDenoiser
 from utils.models.dit import AFTER_ROUTE, BEFORE_ROUTE, DiT
+from utils.training.flops import forward_flops
 
 TEXT, CLASS = "train_text_to_image_ldm.py", "train_class_cond_ldm.py"
 STYLES = ["modern", "plain"]

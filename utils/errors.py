@@ -3,7 +3,7 @@
 
 class UserError(Exception):
     """Bad input, told in one line: the flag, file, row or column at fault, what was found, what was expected and what
-    to do next. Scripts print it without a traceback and exit with code 2 (`utils.parsing.run_script`)."""
+    to do next. Scripts print it without a traceback and exit with code 2 (`utils.args.parsing.run_script`)."""
 
 
 def short_reason(error: BaseException) -> str:

@@ -1,0 +1,230 @@
+"""Combinations of arguments that make no sense, each refused with the reason. Imports no torch."""
+
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from utils.args.parsing import refuse_together
+from utils.errors import UserError
+from utils.files import names_in, read_json
+
+
+def check_condition_column(args: Namespace, name: str) -> None:
+    """Refuses a dataset without the column that the model is conditioned on, before it is encoded."""
+    if (args.dataset_name or args.train_data_dir) and getattr(args, name) is None:
+        raise UserError(f"--{name} is required with a dataset: name the column that holds the {name.split('_')[0]}s")
+
+
+def check_new_folder(output_dir: str | None) -> None:
+    """Raises UserError for an --output_dir that is taken."""
+    if output_dir and Path(output_dir).is_file():
+        raise UserError(f"--output_dir: {output_dir} is a file; give a new folder")
+    if output_dir and names_in(Path(output_dir)):
+        raise UserError(f"--output_dir: {output_dir} is not empty; give a new folder")
+
+
+def check_codec_args(args: Namespace) -> None:
+    """Settles what makes the latents: with --codec pixels nothing does."""
+    if args.codec == "vae":
+        return
+    vae = "pretrained_vae_model_name_or_path"
+    if vae in args.given and getattr(args, vae) != args.codec:  # args.yaml of a run names both
+        raise UserError(f"--codec {args.codec} with --{vae}: images without a VAE need none; leave one out")
+    setattr(args, vae, args.codec)
+    args.given.add(vae)
+
+
+def check_denoiser_args(args: Namespace) -> None:
+    """All the checks that the trainers of denoisers share, in the order in which they settle things."""
+    check_run_args(args)
+    check_lora_args(args)
+    check_objective_args(args)
+    if hasattr(args, "tread_ratio"):
+        check_routing_args(args)
+    check_optimizer_args(args)
+    check_ema_args(args)
+    check_power_ema_args(args)
+    check_evaluation_args(args)
+    if hasattr(args, "eval_features"):
+        check_sample_metric_args(args)
+
+
+DEFAULT_TRAIN_STEPS = 100_000
+MAX_SIGMA_REL = 12**-0.5  # the plain mean of all weights
+
+
+def check_run_args(args: Namespace) -> None:
+    """Settles how long a run is: steps, hours, or whichever ends first."""
+    if args.max_train_steps is None and args.max_train_hours is None:
+        args.max_train_steps = DEFAULT_TRAIN_STEPS
+
+
+def check_objective_args(args: Namespace) -> None:
+    """Refuses combinations that make no sense, with the reason."""
+    ddpm_only = ("snr_gamma", "noise_offset", "input_perturbation", "rescale_betas_zero_snr")
+    for name in ddpm_only:
+        if args.prediction_type == "flow" and getattr(args, name):
+            raise UserError(f"--{name} with --prediction_type flow: it belongs to the DDPM objectives; leave it out")
+    for name in ("timestep_density", "flow_shift", "beta_schedule"):
+        is_flow_flag = name != "beta_schedule"
+        # args.yaml of a finished run names every flag: only a value other than the default is a wish.
+        if is_flow_flag != (args.prediction_type == "flow") and getattr(args, name) not in (
+            "logit_normal",
+            1.0,
+            "scaled_linear",
+        ):
+            raise UserError(
+                f"--{name} with --prediction_type {args.prediction_type}: it has no meaning there; leave it out"
+            )
+    if args.rescale_betas_zero_snr and args.prediction_type == "epsilon":
+        raise UserError(
+            "--rescale_betas_zero_snr with --prediction_type epsilon: at zero SNR the input is all noise and nothing "
+            "is learnt; use v_prediction"
+        )
+    refuse_together(args, "rescale_betas_zero_snr", "noise_offset", "both correct the mean of images; use one")
+    refuse_together(args, "rescale_betas_zero_snr", "input_perturbation", "the last timestep has no signal to perturb")
+
+
+def check_optimizer_args(args: Namespace) -> None:
+    """Settles the name of the optimizer, for which --use_8bit_adam is an older flag."""
+    if not args.use_8bit_adam:
+        return
+    if "optimizer" in args.given and args.optimizer != "adamw_8bit":
+        raise UserError(
+            f"--use_8bit_adam with --optimizer {args.optimizer}: it stands for --optimizer adamw_8bit; leave one out, "
+            "or add --no-use_8bit_adam if a file sets it"
+        )
+    args.optimizer = "adamw_8bit"
+    args.given.add("optimizer")
+
+
+def check_routing_args(args: Namespace) -> None:
+    """Refuses routes past the blocks of a model that has no tokens, and routes for all of them."""
+    if args.tread_ratio and args.model != "dit":
+        raise UserError(
+            f"--tread_ratio with --model {args.model}: the tokens of a transformer can skip blocks, but convolutions "
+            "need the whole grid; use --model dit or leave it out"
+        )
+    if args.tread_ratio == 1:
+        raise UserError("--tread_ratio 1: no token would be left for the middle blocks; 0.5 is usual")
+
+
+def check_lora_args(args: Namespace) -> None:
+    """Refuses settings of adapters that are not there, and what cannot be done with them; settles what a run that is
+    fine-tuned decides. To be called before the checks of what that is: model and objective.
+    """
+    for name in ("lora_alpha", "lora_target_modules"):
+        if name in args.given and args.lora_rank is None:
+            raise UserError(f"--{name} without --lora_rank: there are no adapters; give their rank, 16 say")
+    if args.lora_rank and not args.pretrained_model_name_or_path:
+        raise UserError(
+            "--lora_rank without --pretrained_model_name_or_path: adapters need trained weights; name a run"
+        )
+    if args.lora_rank and args.optimizer == "muon":
+        raise UserError(
+            "--optimizer muon with --lora_rank: Muon evens out the directions of a matrix's step, and an adapter "
+            "is two thin factors, of which one starts at zero; use adamw"
+        )
+    if args.lora_rank and args.ema_sigma_rels:
+        raise UserError(
+            "--ema_sigma_rels with --lora_rank: sample.py puts such averages together from whole models; leave it out"
+        )
+    if args.lora_rank and os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        raise UserError(
+            "--lora_rank under FSDP: the whole copies that are exported there know no adapters; use "
+            "configs/accelerate/multi_gpu.yaml"
+        )
+    if args.pretrained_model_name_or_path:
+        for name, value in settings_of_run(Path(args.pretrained_model_name_or_path)).items():
+            settle(args, name, value)
+
+
+def settings_of_run(path: Path) -> dict[str, Any]:
+    """The flags that a trained run decides for those that start from it: its kind of model, and its objective."""
+    flag = "--pretrained_model_name_or_path"
+    run_dir = path if (path / "scheduler").is_dir() else path.parent  # which is that of a checkpoint
+    kinds = {"transformer": "dit", "unet": "unet"}
+    model = next((kind for folder, kind in kinds.items() if (run_dir / folder / "config.json").is_file()), None)
+    if not path.is_dir() or model is None or not (run_dir / "scheduler" / "scheduler_config.json").is_file():
+        raise UserError(f"{flag}: {path} is no run of these scripts; give a run's folder or one of its checkpoints")
+    scheduler = read_json(run_dir / "scheduler" / "scheduler_config.json")
+    if scheduler["_class_name"].startswith("FlowMatch"):
+        return {"model": model, "prediction_type": "flow", "flow_shift": scheduler["shift"]}
+    names = ("prediction_type", "beta_schedule", "rescale_betas_zero_snr")
+    return {"model": model} | {name: scheduler[name] for name in names}
+
+
+def settle(args: Namespace, name: str, value: Any) -> None:
+    """Gives a flag the value that the run has from which this one starts; raises UserError where another is asked."""
+    if not hasattr(args, name):
+        return
+    if name in args.given and getattr(args, name) != value:
+        raise UserError(
+            f"--{name} {getattr(args, name)}: {args.pretrained_model_name_or_path} was trained with {value}; leave it "
+            "out"
+        )
+    setattr(args, name, value)
+
+
+def check_ema_args(args: Namespace) -> None:
+    """Refuses a decay of an average that is not kept."""
+    if not args.use_ema and "ema_decay" in args.typed:
+        raise UserError("--ema_decay with --no-use_ema: no average is kept; leave one out")
+
+
+def check_power_ema_args(args: Namespace) -> None:
+    """Refuses widths that no power function has, and settings of snapshots that are not kept."""
+    if args.ema_sigma_rels and not args.use_ema:
+        raise UserError("--ema_sigma_rels with --no-use_ema: no average is kept; leave one out")
+    if "ema_snapshot_steps" in args.typed and not args.ema_sigma_rels:
+        raise UserError("--ema_snapshot_steps without --ema_sigma_rels: there is nothing to keep; give 0.05 0.1, say")
+    for sigma_rel in args.ema_sigma_rels or []:
+        if not 0 < sigma_rel < MAX_SIGMA_REL:
+            raise UserError(f"--ema_sigma_rels: {sigma_rel} is not below {MAX_SIGMA_REL:.4f}; 0.05 0.1 is usual")
+
+
+def check_validation_args(args: Namespace) -> None:
+    """Refuses settings of grids that are not made."""
+    names = ("validation_steps", "validation_guidance_scale", "num_validation_images", "validation_inference_steps")
+    for name in names:
+        if name == "validation_inference_steps" and args.eval_features:
+            continue  # evaluations sample too
+        if name in args.typed and not args.validation_prompts:
+            raise UserError(f"--{name} without --validation_prompts: there is nothing to sample; give some prompts")
+
+
+# Flags that mean nothing without another one, and what to do about it.
+NEEDS_EVAL_STEPS = (
+    *("num_validation_samples", "validation_latents_dir", "eval_batch_size", "eval_features", "best_metric"),
+    "early_stopping_patience",
+)
+NEEDS_EVAL_FEATURES = ("eval_metric", "num_eval_images", "eval_guidance_scale")
+
+
+def check_evaluation_args(args: Namespace) -> None:
+    """Refuses settings of evaluations that are not made, and evaluations of nothing."""
+    for name in NEEDS_EVAL_STEPS:
+        if name in args.given and args.eval_steps is None:
+            raise UserError(f"--{name} without --eval_steps: nothing is evaluated; give the steps between evaluations")
+    if "early_stopping_min_delta" in args.given and args.early_stopping_patience is None:
+        raise UserError("--early_stopping_min_delta without --early_stopping_patience: nothing is stopped early")
+    if args.eval_steps and not (args.num_validation_samples or args.validation_latents_dir):
+        raise UserError(
+            "--eval_steps without latents to evaluate on: keep some out of training with --num_validation_samples, or "
+            "give a cache of another split as --validation_latents_dir"
+        )
+    refuse_together(
+        args, "num_validation_samples", "validation_latents_dir", "the latents are held out here or there; use one"
+    )
+
+
+def check_sample_metric_args(args: Namespace) -> None:
+    """Refuses settings of samples that are not compared with anything."""
+    for name in NEEDS_EVAL_FEATURES:
+        if name in args.given and args.eval_features is None:
+            raise UserError(f"--{name} without --eval_features: nothing is sampled; name the features to compare in")
+    if args.best_metric == "samples" and not args.eval_features:
+        raise UserError("--best_metric samples without --eval_features: there are no samples to go by")
+    if args.num_eval_images == 1:
+        raise UserError("--num_eval_images 1: one image has no distribution; 512 is usual")

@@ -1,0 +1,83 @@
+"""Arguments of runs whose samples are no images: the model, its conditions, starting points. Imports no torch."""
+
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+
+from utils.args.parsing import fraction
+from utils.errors import UserError
+
+
+def add_vector_model_args(parser: ArgumentParser) -> None:
+    """A denoiser of latent vectors."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--architecture",
+        choices=["mlp", "dit"],
+        default="mlp",
+        help="Residual MLP blocks with adaLN-zero, or a DiT whose tokens are pieces of the vector.",
+    )
+    group.add_argument(
+        "--model_size", choices=["S", "B", "L", "XL"], default=None, help="MLP: 3.2M to 319M. DiT: of the paper."
+    )
+    group.add_argument(
+        "--model_config",
+        default=None,
+        metavar="FILE",
+        help="JSON or YAML of the model's own arguments, over --model_size.",
+    )
+    group.add_argument(
+        "--gradient_checkpointing", action=BooleanOptionalAction, default=False, help="Less memory, slower."
+    )
+
+
+def add_column_condition_args(parser: ArgumentParser, help_of_condition: str) -> None:
+    """What the denoiser is told."""
+    group = parser.add_argument_group("conditions")
+    group.add_argument(
+        "--condition",
+        nargs="+",
+        default=None,
+        metavar="KIND[:COLUMN]",
+        help=f"{help_of_condition}; several at once. Default: unconditional.",
+    )
+    group.add_argument(
+        "--cond_drop_prob",
+        type=fraction,
+        default=0.1,
+        help="Share of samples that are told nothing; of several conditions each is dropped by itself as often too.",
+    )
+
+
+def check_column_condition_args(args: Namespace) -> None:
+    """Refuses settings of conditions that are not there."""
+    for name in ("cond_drop_prob", "validation_guidance_scale"):
+        if name in args.typed and not args.condition:
+            raise UserError(f"--{name} without --condition: the denoiser is told nothing; leave it out")
+
+
+def parse_conditions(
+    texts: list[str] | None, kinds: tuple[str, ...], of_atoms: tuple[str, ...] = (), example: str = "band_gap"
+) -> dict[str, str]:
+    """What --condition asks for: name -> kind, in a fixed order. Raises UserError for anything else."""
+    found: dict[str, str] = {}
+    for text in texts or []:
+        kind, _, column = text.partition(":")
+        if kind not in kinds:
+            raise UserError(f"--condition {text}: the kinds are {', '.join(kinds)}")
+        if kind in of_atoms and column:
+            raise UserError(f"--condition {text}: {kind} follows from the atoms; write {kind} alone")
+        if kind not in of_atoms and not column:
+            raise UserError(f"--condition {text}: name the column, as in {kind}:{example}")
+        if column in of_atoms:
+            raise UserError(f"--condition {text}: {column} is a condition of the atoms; rename the column")
+        name = column or kind
+        if name in found:
+            raise UserError(f"--condition {text}: {name} is named twice; name it once")
+        found[name] = kind
+    return dict(sorted(found.items()))
+
+
+def refuse_requests(args: Namespace, names: tuple[str, ...], reason: str) -> None:
+    """Raises UserError for flags of another kind of run."""
+    for name in names:
+        if name in args.given:
+            raise UserError(f"--{name}: {reason}; leave it out")

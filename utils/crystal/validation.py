@@ -1,0 +1,72 @@
+"""Crystals that are sampled on the way: a picture, and how many of them are valid."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from torch import Tensor
+
+from utils.crystal.cache import SetCache
+from utils.crystal.files import crystal_grid
+from utils.crystal.matching import is_structurally_valid
+from utils.crystal.pipeline import CrystalPipeline
+from utils.crystal.structure import formula_of
+from utils.diffusion.denoiser import ConditionalDenoiser
+from utils.diffusion.sampling import fault_of_steps, image_generators
+from utils.errors import UserError
+from utils.training.held_out import in_fixed_order
+from utils.training.lora import merge_lora
+from utils.training.step_log import show_picture
+
+
+class CrystalSamples:
+    """Samples `num_crystals` for the conditions and numbers of atoms of as many rows of the cache, always the same
+    ones from the same noise, so that pictures of a run compare. Raises UserError for a number of steps that the
+    sampler cannot take.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        pipeline: CrystalPipeline,
+        cache: SetCache,
+        folder: Path,
+        num_crystals: int,
+        guidance_scale: float,
+        num_inference_steps: int,
+    ):
+        fault = fault_of_steps(pipeline.scheduler, num_inference_steps)
+        if fault:
+            raise UserError(f"--validation_inference_steps {num_inference_steps}: {fault}; use 20, 25 or 50")
+        self.accelerator, self.pipeline, self.folder = accelerator, pipeline, folder
+        self.settings: dict[str, Any] = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+        rows = in_fixed_order(len(cache))[:num_crystals]
+        batch = cache.gather(rows)
+        self.num_atoms = batch["attention_mask"].sum(dim=1)  # (B,)
+        self.values: dict[str, Tensor] = {name: batch[name] for name in cache.conditions}
+
+    def save(self, model: ConditionalDenoiser, global_step: int) -> None:
+        """Writes `step-N.png` and the share of valid structures, to the trackers too, from the weights that `model`
+        has now; the main process does it.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        pipeline = replace(self.pipeline, denoiser=merge_lora(model))
+        home, device = pipeline.vae.device, self.accelerator.device
+        pipeline.vae.to(device)
+        with self.accelerator.autocast():
+            latents = pipeline.latents(
+                self.num_atoms, self.values, generator=image_generators(0, 0, len(self.num_atoms)), **self.settings
+            )
+        crystals = pipeline.decode(latents, self.num_atoms)
+        pipeline.vae.to(home)
+        valid = float(np.mean([is_structurally_valid(crystal) for crystal in crystals]))
+        logging.getLogger(__name__).info(
+            "step %d: %.0f %% of %d samples are valid structures", global_step, 100 * valid, len(crystals)
+        )
+        self.accelerator.log({"validation/structurally_valid": valid}, step=global_step)
+        picture = crystal_grid(crystals, [formula_of(crystal.atomic_numbers) for crystal in crystals])
+        show_picture(self.accelerator, self.folder, picture, "validation", global_step)

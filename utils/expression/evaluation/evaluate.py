@@ -1,0 +1,276 @@
+"""An evaluation of cells from its arguments: real ones, samples of each point of a sweep, control, nulls, report."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from utils.diffusion.denoiser import ConditionalDenoiser
+from utils.diffusion.sampling import sampling_scheduler, usable_device
+from utils.errors import UserError
+from utils.evaluation import report
+from utils.expression import sampler as expression_requests
+from utils.expression.evaluation.cells import MIN_CELLS
+from utils.expression.evaluation.figures import groups_by_type, groups_of, over_seeds, titles_of
+from utils.expression.evaluation.judge import Judge
+from utils.expression.evaluation.nulls import Posterior, columns_beside, laws_of_nulls
+from utils.expression.evaluation.real import Real, open_real
+from utils.expression.evaluation.samples import (
+    GAUSSIAN,
+    SAMPLES,
+    Column,
+    Requests,
+    draw_rows,
+    given_requests,
+    known_by_columns,
+    label_column_of,
+    load_model,
+    number_names,
+    read_given,
+    requests_of,
+    sampled_column,
+    text_columns_of,
+)
+from utils.expression.evaluation_pictures import check_umap, marker_plot, shown, umap_points
+from utils.expression.export import load_expression_guide
+from utils.expression.files import save_cells
+from utils.expression.pictures import scatter_grid
+from utils.expression.pipeline import ExpressionPipeline
+from utils.image.evaluation.args import sweep_points
+from utils.image.evaluation.figures import Group
+from utils.image.sampler import next_folder
+
+REMARK = (
+    "All columns are judged against the same test cells by the same functions, and normalised by the sum of the genes "
+    "that are judged. What real training cells (the control) do not reach, no model needs to reach; what the decoder "
+    "makes of their latents (the ceiling), no denoiser can surpass. Classifier and regressors were fitted to training "
+    "cells: of the control, they tell the test cells. Where a column is missing, the figure says nothing of it."
+)
+OF_THE_DRAW = "Brackets hold 95 % intervals over the draw of the cells."
+OF_SEEDS = "Figures are means over {} seeds, brackets hold the lowest and the highest; the test cells are the same."
+
+
+@dataclass
+class Sampler:
+    """A run that is ready, and how it is sampled."""
+
+    pipeline: ExpressionPipeline
+    guide: ConditionalDenoiser | None
+    settings: dict[str, Any]
+
+
+def prepare_sampling(args: Namespace, requests: Requests) -> Sampler:
+    """As sample.py does. Raises UserError for guidance that contradicts itself or would do nothing."""
+    _, pipeline = load_model(Path(args.model), args.ema_sigma_rel)
+    guide = load_expression_guide(args.guide_model, pipeline) if args.guide_model else None
+    pipeline.scheduler = sampling_scheduler(pipeline.scheduler, args.scheduler, args.num_inference_steps)
+    device = usable_device(args.device)
+    pipeline.to(device)
+    if guide is not None:
+        guide.to(device)
+    settings = expression_requests.guidance_settings(
+        pipeline,
+        requests,
+        args.guidance_scale,
+        args.guidance_interval,
+        args.guidance_rescale,
+        args.num_inference_steps,
+        with_guide=guide is not None,
+    )
+    return Sampler(pipeline, guide, settings)
+
+
+def sample_seed(args: Namespace, sampler: Sampler, requests: Requests, seed: int, folder: Path) -> np.ndarray:
+    """Samples as sample.py does, and leaves in `folder` what it leaves -> counts (n, G)."""
+    drawn = []
+    with tqdm(total=len(requests), unit=" cells", desc="samples", leave=False) as progress:
+        for batch in expression_requests.sample_cells(
+            sampler.pipeline,
+            [dict(each) for each in requests],
+            sampler.settings,
+            seed,
+            args.batch_size,
+            args.mixed_precision,
+            sampler.guide,
+        ):
+            drawn.append(batch)
+            progress.update(len(batch.counts))
+    counts, library_sizes = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
+    settings = sampler.settings | {n: getattr(args, n) for n in ("guide_model", "ema_sigma_rel") if getattr(args, n)}
+    settings |= {"model": args.model, "scheduler": type(sampler.pipeline.scheduler).__name__}
+    folder.mkdir(parents=True)
+    save_cells(folder, counts, library_sizes, sampler.pipeline.genes, requests, settings, seed)
+    return counts
+
+
+@dataclass
+class Measured:
+    """The figures of columns of one name, a list for each seed, and the first of these columns, for pictures."""
+
+    first: Column
+    groups: list[list[Group]]
+    by_type: list[list[Group]]
+
+
+class Measurements(dict[str, Measured]):
+    """By the names of the columns, in the order in which they came."""
+
+    def add(self, column: Column, judge: Judge, progress: tqdm) -> None:
+        """Adds the figures of a column to those of its name."""
+        if column.name not in self:
+            self[column.name] = Measured(replace(column, cells=shown(column.cells)), [], [])
+        self[column.name].groups.append(groups_of(column, judge))
+        self[column.name].by_type.append(groups_by_type(column, judge))
+        progress.update()
+
+
+def pictures_of(
+    column: Column, judge: Judge, gaussian: Column | None, genes: Sequence[str], with_umap: bool
+) -> list[tuple[str, Image.Image]]:
+    """UMAP and markers of samples beside real cells."""
+    real, found = judge.real.test_cells, []
+    told = ", by the types that the classifier takes them for" if judge.tells_types_of(column.cells) else ""
+    if with_umap:
+        panels = [("real cells", shown(real)), (SAMPLES, column.cells)]
+        panels += [(GAUSSIAN, gaussian.cells)] if gaussian is not None else []
+        points = umap_points([cells for _, cells in panels])
+        places = [(title, at, judge.types_of(cells)) for (title, cells), at in zip(panels, points, strict=True)]
+        found.append((f"UMAP of all together{told}", scatter_grid(places)))
+    labels = judge.types_of(column.cells)
+    if real.labels is not None and labels is not None:
+        plot = marker_plot(real, column.cells, labels, genes, ("real cells", SAMPLES))
+        caption = f"markers{told}: the area of a dot is the share of cells with the gene, its colour the mean"
+        found += [(caption, plot)] if plot is not None else []
+    return found
+
+
+def evaluate_expression(args: Namespace) -> None:
+    """`evaluate.py --modality expression`."""
+    # Load
+    if args.umap:
+        check_umap()
+    given, pipeline, label_column = None, None, args.label_column
+    if args.samples is not None:
+        given = read_given(args.samples, args.samples_layer, args.num_samples)
+        genes, library, split_of = given.genes, "chosen", Path(args.split_of) if args.split_of else None
+    else:
+        split_of, pipeline = load_model(Path(args.model), None)
+        genes, library = pipeline.genes, pipeline.vae.config.library
+        label_column = label_column_of(pipeline.columns, label_column)
+    real = open_real(
+        args.reference,
+        args.reference_split,
+        args.training_data,
+        args.training_data_split,
+        args.counts_layer,
+        genes,
+        library,
+        split_of,
+        label_column,
+        text_columns_of(given) if given is not None else (),
+    )
+    output_dir = Path(args.output_dir) if args.output_dir else None
+    output_dir = output_dir or next_folder((Path(args.model) if args.model else Path("runs")) / "evaluated")
+
+    # Ask
+    count = len(given) if given is not None else args.num_samples or len(real.test)
+    if count < MIN_CELLS:
+        raise UserError(f"--num_samples {count}: figures need at least {MIN_CELLS} cells")
+    rows = draw_rows(len(real.test), count, args.seed)
+    if given is not None:
+        requests = given_requests(given, real)
+        known = known_by_columns(requests, real)
+    else:
+        assert pipeline is not None
+        of_test = requests_of(pipeline.columns, real.test, "--reference")
+        requests = [of_test[row] for row in rows]
+        known = requests_of(pipeline.columns, real.training, "--training_data") if real.training is not None else []
+    types = real.test_cells.labels
+    wanted = np.zeros(count) if types is None else types[rows]
+    why_unlabelled = f"the samples were not asked for a {real.label_column}: the run is not conditioned on it"
+    if given is not None:
+        why_unlabelled = f"--samples has no column {real.label_column} in adata.obs"
+    judge = Judge.learn(real, number_names(requests), why_unlabelled)
+
+    # Measure
+    samples, beside = Measurements(), Measurements()
+    progress = tqdm(unit=" columns", desc="measured", leave=False)
+    settings: dict[str, Any] = {}
+    swept: dict[str, Any] = {}
+    seeds = [args.seed + i * count for i in range(args.seeds)]
+    if given is not None:
+        samples.add(sampled_column(SAMPLES, given.dense(slice(None)), requests, real.label_column), judge, progress)
+    for swept in sweep_points(args) if given is None else []:
+        name = " ".join(f"{key} {value:g}" for key, value in swept.items())
+        chosen = Namespace(**(vars(args) | swept))
+        sampler = prepare_sampling(chosen, requests)
+        settings = sampler.settings
+        for i, seed in enumerate(seeds):
+            folder = output_dir / "samples" / (name.replace(" ", "_") or "all")
+            folder = folder / f"seed_{i}" if args.seeds > 1 else folder
+            counts = sample_seed(chosen, sampler, requests, seed, folder)
+            samples.add(sampled_column(name or SAMPLES, counts, requests, real.label_column), judge, progress)
+    posterior = None
+    if pipeline is not None and real.training is not None:
+        pipeline.vae.to(usable_device(args.device))
+        posterior = Posterior.of(pipeline.vae, real.training)
+    for seed in seeds:
+        for column in columns_beside(real, requests, known, wanted, posterior, seed):
+            beside.add(column, judge, progress)
+    progress.close()
+
+    # Report
+    points, overall = [], []
+    gaussian = beside[GAUSSIAN].first if GAUSSIAN in beside else None
+    for name, found in (samples | beside).items():
+        pictures = pictures_of(found.first, judge, gaussian, genes, args.umap) if name in samples else []
+        groups = over_seeds(found.groups)
+        overall.append(report.Point(name, groups))
+        points.append(report.Point(name, groups + over_seeds(found.by_type), pictures))
+    times = f", {args.seeds} times" if args.seeds > 1 else ""
+    facts = {"samples": f"{args.samples or args.model} ({count} cells of {len(genes)} genes{times})"}
+    facts |= facts_of(args, real, split_of is not None)
+    facts |= laws_of_nulls(known, posterior is not None) if beside else {}
+    if settings:
+        facts["sampling"] = ", ".join(f"{key} {value}" for key, value in settings.items() if key not in swept)
+    notes = [*real.notes, *notes_of(judge, [column.first for column in samples.values()])]
+    titles = titles_of(judge)
+    arguments = {name: value for name, value in sorted(vars(args).items()) if name not in ("given", "typed", "config")}
+    sweep = args.sweep[0] if args.sweep else None
+    brackets = OF_THE_DRAW if args.seeds == 1 else OF_SEEDS.format(args.seeds)
+    report.write(output_dir, facts, notes, points, titles, sweep, arguments, "{}", REMARK, brackets)
+    print(report.side_by_side(overall, titles))
+    print("\n".join([brackets, *notes, f"metrics.json and report.html, with figures of each type, in {output_dir}"]))
+
+
+def facts_of(args: Namespace, real: Real, with_splits: bool) -> dict[str, str]:
+    """Which real cells there are, and by what they are judged."""
+    of_split = {name: f", split {getattr(args, name)}" for name in ("reference_split", "training_data_split")}
+    if not with_splits:
+        of_split = dict.fromkeys(of_split, "")
+    facts = {"test cells": f"{args.reference}{of_split['reference_split']} ({len(real.test)} cells)"}
+    if real.training is not None:
+        path = args.training_data or args.reference
+        facts["training cells"] = f"{path}{of_split['training_data_split']} ({len(real.training)} cells)"
+    kinds = set() if real.test_cells.labels is None else set(real.test_cells.labels)
+    facts["types"] = f"{real.label_column} ({len(kinds)})" if kinds else "none"
+    return facts
+
+
+def notes_of(judge: Judge, samples: Sequence[Column]) -> list[str]:
+    """What else a reader must know."""
+    notes, labels = [], judge.real.test_cells.labels
+    if judge.real.training is None:
+        notes.append("without --training_data there is no control and no null: nothing says what a figure is worth")
+    elif judge.real.training_cells is not None and labels is not None:
+        known = set(judge.real.training_cells.types())
+        if strange := sorted(set(labels) - known):
+            notes.append(f"no training cell is of the types {', '.join(strange)}: the control is without them")
+    if labels is not None and any(column.cells.labels is None for column in samples):
+        notes.append(f"{judge.why_unlabelled}; figures that need the type of each sample are not measured")
+    return notes

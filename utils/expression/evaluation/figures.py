@@ -1,0 +1,258 @@
+"""Which figures of cells there are, what each needs, and why one cannot be had: chosen by table."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.evaluation.figures import MIN_FOR_HALVES, Figure, halves_figure, spearman
+from utils.expression.evaluation.cells import Cells, equal_numbers, per_type
+from utils.expression.evaluation.judge import Judge
+from utils.expression.evaluation.markers import marker_figures, train_on_synthetic_test_on_real
+from utils.expression.evaluation.metrics import (
+    MAX_JUDGED,
+    distance_figures,
+    forest_figure,
+    gene_figures,
+    lisi_figure,
+    memorising_figures,
+    random_forest_figures,
+)
+from utils.expression.evaluation.samples import CEILING, CONTROL, SAMPLES, Column
+from utils.image.evaluation.figures import HIGHER, LOWER, NEITHER, Group
+
+MIN_OF_TYPE = 20  # cells on both sides, for figures of a type by itself
+Found = tuple[dict[str, Figure], dict[str, str]]  # figures, and what is not measured with the reason
+
+# name -> what stands in tables, and which way is better
+TITLES: dict[str, tuple[str, str]] = {
+    "rf_auc": ("AUC of a random forest on genes, 0.5 = cannot tell", LOWER),
+    "rf_auc_pca50": ("AUC of a random forest on 50 components", LOWER),
+    "lisi": ("mixing (LISI, from 1 to 2)", HIGHER),
+    "w2": ("Wasserstein-2 distance", LOWER),
+    "mmd": ("squared MMD", LOWER),
+    "zero_fraction": ("share of zeros", NEITHER),
+    "zero_fraction_error": ("share of zeros minus the real one", NEITHER),
+    "zero_fraction_per_gene_error": ("share of zeros, mean difference over genes", LOWER),
+    "gene_variance_correlation": ("correlation of the variances of genes", HIGHER),
+    "gene_variance_slope": ("slope of the variances of genes, 1 is right", NEITHER),
+    "gene_mean_correlation": ("correlation of the means of genes (0.999 for anything: no evidence)", NEITHER),
+    "accuracy": ("taken for its type by a classifier; the control's is right", NEITHER),
+    "train_on_samples": ("accuracy on real cells of a classifier trained on these", HIGHER),
+    "marker_overlap": ("shared marker genes of the types", HIGHER),
+    "lfc_slope": ("slope of log-fold changes, 1 is right", NEITHER),
+    "lfc_correlation": ("correlation of log-fold changes", HIGHER),
+    "type_distribution": ("proportions of types, total variation distance", LOWER),
+    "copies": ("share of copies; 1 % is none", LOWER),
+    "nearest_ratio": ("distance to training cells, 1 = as held-out cells", NEITHER),
+}
+NO_CLASSIFIER = "needs --training_data, which the classifier learns from"
+NEED_TYPES = ("accuracy", "train_on_samples", "marker_overlap", "lfc_slope", "lfc_correlation")
+
+
+def attempt(names: Sequence[str], function: Callable[[], dict[str, Figure]]) -> Found:
+    """The figures of a function, or why they cannot be had."""
+    try:
+        return function(), {}
+    except UserError as error:
+        return {}, dict.fromkeys(names, str(error))
+
+
+def merged(*parts: Found) -> Found:
+    """All of several."""
+    figures: dict[str, Figure] = {}
+    missing: dict[str, str] = {}
+    for its_figures, its_missing in parts:
+        figures |= its_figures
+        missing |= its_missing
+    return figures, missing
+
+
+# ---- figures
+
+
+def told_apart(column: Column, judge: Judge) -> Found:
+    real = judge.real.test_cells
+    return merged(
+        attempt(("rf_auc", "rf_auc_pca50"), lambda: random_forest_figures(real, column.cells, seed=0)),
+        attempt(("lisi",), lambda: lisi_figure(real, column.cells)),
+    )
+
+
+def distances(column: Column, judge: Judge) -> Found:
+    return attempt(("w2", "mmd"), lambda: distance_figures(judge.real.test_cells, column.cells, seed=0))
+
+
+def genes(column: Column, judge: Judge) -> Found:
+    figures, missing = attempt(("zero_fraction",), lambda: gene_figures(judge.real.test_cells, column.cells))
+    return {name: figures[name] for name in TITLES if name in figures}, missing  # the one that says nothing comes last
+
+
+def types(column: Column, judge: Judge) -> Found:
+    if judge.real.test_cells.labels is None:
+        return {}, dict.fromkeys((*NEED_TYPES, "type_distribution"), "needs --label_column")
+    return merged(types_as_asked(column, judge), types_as_told(column, judge))
+
+
+def types_as_asked(column: Column, judge: Judge) -> Found:
+    """Figures that need the type of each cell of the column."""
+    cells, test = column.cells, judge.real.test_cells
+    if cells.labels is None:
+        return {}, dict.fromkeys(NEED_TYPES, judge.why_unlabelled)
+    accuracy: Found = {}, {"accuracy": NO_CLASSIFIER}
+    if judge.classifier is not None:
+        accuracy = {"accuracy": judge.classifier.accuracy(column.told)}, {}
+    return merged(
+        accuracy,
+        attempt(NEED_TYPES[1:2], lambda: {NEED_TYPES[1]: train_on_synthetic_test_on_real(cells, test, seed=0)}),
+        attempt(NEED_TYPES[2:], lambda: marker_figures(test, cells)),
+    )
+
+
+def types_as_told(column: Column, judge: Judge) -> Found:
+    """What needs no types but those of the test cells."""
+    labels = judge.real.test_cells.labels
+    if judge.classifier is None or labels is None:
+        return {}, {"type_distribution": NO_CLASSIFIER}
+    predicted = judge.classifier.model.predict(column.told.log_normalised())
+    return {"type_distribution": type_distribution(predicted, labels)}, {}
+
+
+def type_distribution(predicted: np.ndarray, labels: np.ndarray) -> Figure:
+    """Total variation distance, from 0 to 1, of the types (n,) that a classifier tells from the types (m,) of the real
+    test cells. Their own is not 0: it holds the classifier's errors, and the draw of the cells adds to it.
+    """
+    kinds = sorted(set(predicted) | set(labels))
+    shares = np.array([(labels == kind).mean() for kind in kinds])
+    codes = np.searchsorted(np.array(kinds, dtype=str), predicted.astype(str))
+
+    def distance(some: np.ndarray) -> float:
+        return 0.5 * float(np.abs(np.bincount(some, minlength=len(kinds)) / len(some) - shares).sum())
+
+    return halves_figure(distance, codes, f"against {len(labels)}", 0, 1)
+
+
+def answers(column: Column, judge: Judge) -> Found:
+    """Numbers that were asked for, against what the regressor says of the cells."""
+    figures: dict[str, Figure] = {}
+    for name, regressor in judge.regressors.items():
+        asked = column.asked.get(name, np.full(len(column.told), np.nan))
+        known = np.isfinite(asked)
+        if known.sum() >= MIN_FOR_HALVES:
+            predicted = regressor.predict(column.told)
+            pairs = np.stack([asked[known], predicted[known]], axis=1)
+            figures[f"{name}_spearman"] = halves_figure(spearman, pairs, "", -1, 1)
+    return figures, {f"{name}_spearman": why for name, why in judge.reasons.items()}
+
+
+def copies(column: Column, judge: Judge) -> Found:
+    if column.kind == CONTROL:
+        return {}, {}  # they are training cells
+    training = judge.real.training_cells
+    if training is None:
+        return {}, {"copies": "needs --training_data"}
+    names = ("copies", "nearest_ratio")
+    return attempt(names, lambda: memorising_figures(column.cells, judge.real.test_cells, training))
+
+
+GROUPS: dict[str, Callable[[Column, Judge], Found]] = {
+    "Can it be told from real": told_apart,
+    "Distances": distances,
+    "Genes": genes,
+    "Types": types,
+    "What was asked for": answers,
+    "Copies": copies,
+}
+
+
+def groups_of(column: Column, judge: Judge) -> list[Group]:
+    """The figures of a column; why some cannot be had is said with the samples."""
+    groups = []
+    for title, measure in GROUPS.items():
+        figures, missing = measure(column, judge)
+        groups.append(Group(title, figures, missing if column.kind == SAMPLES else {}))
+    return [group for group in groups if group.figures or group.not_measured]
+
+
+# ---- type by type
+
+
+def forest_of_type(real: Cells, generated: Cells) -> dict[str, Figure]:
+    real, generated = equal_numbers(real, generated, MAX_JUDGED, seed=0)
+    return {"rf_auc": forest_figure(real.log_normalised(), generated.log_normalised(), seed=0)}
+
+
+OF_TYPES: dict[str, Callable[[Cells, Cells], dict[str, Figure]]] = {
+    "rf_auc": forest_of_type,
+    "w2": lambda real, generated: distance_figures(real, generated, seed=0),
+    "lisi": lisi_figure,
+}
+IN_TYPES = {  # figure -> the heading of its table, in which each type has a row
+    "rf_auc": "By type: AUC of a random forest on genes, 0.5 = cannot tell",
+    "w2": "By type: Wasserstein-2 distance",
+    "lisi": "By type: mixing (LISI, from 1 to 2)",
+    "accuracy": "By type: taken for it by a classifier; the control's is right",
+}
+
+
+def groups_by_type(column: Column, judge: Judge) -> list[Group]:
+    """The figures of each type by itself, of samples, control and ceiling, where both sides have 20 cells of it."""
+    test = judge.real.test_cells
+    if column.kind not in (SAMPLES, CONTROL, CEILING) or test.labels is None:
+        return []
+    if column.cells.labels is None:
+        return [Group(IN_TYPES["rf_auc"], {}, {"By type": judge.why_unlabelled})]
+    few = {f"rf_auc of {kind}": f"fewer than {MIN_OF_TYPE} cells" for kind in sorted(set(test.labels))}
+    groups = []
+    for name, measure in OF_TYPES.items():
+        of_types = per_type(measure, test, column.cells, MIN_OF_TYPE)
+        figures = {f"{name} of {kind}": found[name] for kind, found in of_types.items()}
+        few = {key: why for key, why in few.items() if key not in figures}
+        groups.append(Group(IN_TYPES[name], figures, few if name == "rf_auc" and column.kind == SAMPLES else {}))
+    if judge.classifier is not None:
+        labels = column.told.types()
+        own = {kind: column.told.take(labels == kind) for kind in sorted(set(labels)) if (labels == kind).any()}
+        figures = {f"accuracy of {k}": judge.classifier.accuracy(v) for k, v in own.items() if len(v) >= MIN_OF_TYPE}
+        groups.append(Group(IN_TYPES["accuracy"], figures, {}))
+    return [group for group in groups if group.figures or group.not_measured]
+
+
+def titles_of(judge: Judge) -> dict[str, tuple[str, str]]:
+    """`TITLES`, and those of the types and of the numbers that are asked for."""
+    titles = dict(TITLES)
+    for name in [*judge.regressors, *judge.reasons]:
+        titles[f"{name}_spearman"] = (f"{name}: Spearman of asked and predicted", HIGHER)
+    labels = judge.real.test_cells.labels
+    for kind in sorted(set(labels)) if labels is not None else []:
+        titles |= {f"{name} of {kind}": (str(kind), "") for name in IN_TYPES}
+    return titles
+
+
+# ---- seeds
+
+
+def over_seeds(trials: Sequence[list[Group]]) -> list[Group]:
+    """The mean of each figure over seeds, with the lowest and the highest of them in place of the interval; as they
+    are of a single seed. What cannot be had of each seed is not measured.
+    """
+    if len(trials) == 1:
+        return trials[0]
+    found = []
+    for title in dict.fromkeys(group.features for groups in trials for group in groups):
+        of_title = [group for groups in trials for group in groups if group.features == title]
+        names = dict.fromkeys(name for group in of_title for name in group.figures)
+        lists = {name: [group.figures[name] for group in of_title if name in group.figures] for name in names}
+        figures = {name: mean_of(each) for name, each in lists.items() if len(each) == len(trials)}
+        missing = {name: why for group in of_title for name, why in group.not_measured.items() if name not in figures}
+        found.append(Group(title, figures, missing))
+    return found
+
+
+def mean_of(figures: Sequence[Figure]) -> Figure:
+    """One figure of several seeds; the note has their standard deviation and the mean interval of one."""
+    values = np.array([figure.value for figure in figures])
+    low, high = (float(np.mean([getattr(figure, side) for figure in figures])) for side in ("low", "high"))
+    note = f"std {values.std(ddof=1):.2g}; of one seed {low:.4g} to {high:.4g} by {figures[0].interval}"
+    note += f"; {figures[0].note}" if figures[0].note else ""
+    spread = (float(values.mean()), float(values.min()), float(values.max()))
+    return Figure(*spread, figures[0].num_samples, f"lowest and highest of {len(figures)} seeds", note)

@@ -1,0 +1,106 @@
+"""Arguments that scripts share, about data: which images, what is cached of them. Imports no torch."""
+
+import os
+from argparse import ArgumentParser, BooleanOptionalAction
+
+from utils.args.parsing import fraction, non_negative_int, positive_int
+
+
+def add_dataset_args(parser: ArgumentParser) -> None:
+    """Which images, and how they are cut."""
+    group = parser.add_argument_group("dataset")
+    group.add_argument("--dataset_name", default=None, help="Hub name, local folder, or .parquet file or pattern.")
+    group.add_argument("--dataset_config_name", default=None, help="Configuration of a dataset that has several.")
+    group.add_argument("--dataset_revision", default=None, help="Branch, tag or commit of a hub dataset.")
+    group.add_argument("--dataset_split", default="train", help="Split to read.")
+    group.add_argument(
+        "--train_data_dir", default=None, help="Image folder with metadata.jsonl, or with one folder a class."
+    )
+    group.add_argument("--image_column", default=None, help="Default: the only image column.")
+    group.add_argument(
+        "--resolution", type=positive_int, default=256, help="Pixels of a side after resizing and cropping."
+    )
+    group.add_argument(
+        "--center_crop", action=BooleanOptionalAction, default=False, help="Crop the centre instead of a random place."
+    )
+    group.add_argument(
+        "--random_flip",
+        action=BooleanOptionalAction,
+        default=False,
+        help="Also encode the mirrored image; one is drawn per epoch.",
+    )
+    group.add_argument(
+        "--alpha_background",
+        choices=["white", "grey", "black"],
+        default="white",
+        help="What transparent images are laid on.",
+    )
+    group.add_argument("--max_samples", type=positive_int, default=None, help="Use the first N rows only.")
+
+
+def add_condition_args(parser: ArgumentParser) -> None:
+    """What is cached beside the images, and how the dataset is read for it."""
+    group = parser.add_argument_group("captions and labels")
+    group.add_argument(
+        "--caption_column", default=None, help="Text, or a list of texts of which one is drawn per epoch."
+    )
+    group.add_argument("--label_column", default=None, help="Class label: an integer.")
+    group.add_argument(
+        "--streaming",
+        action=BooleanOptionalAction,
+        default=False,
+        help="Read the dataset without downloading it whole.",
+    )
+    group.add_argument(
+        "--max_skipped_fraction",
+        type=fraction,
+        default=0.05,
+        help="Stop if more than this share of images is unreadable.",
+    )
+
+
+def add_cache_args(parser: ArgumentParser) -> None:
+    """The frozen models and what is stored of what they give."""
+    group = parser.add_argument_group("latent cache")
+    group.add_argument(
+        "--codec",
+        choices=["vae", "pixels"],
+        default="vae",
+        help="pixels: train on the images themselves, without a VAE, to see what the latent space costs and gives.",
+    )
+    group.add_argument(
+        "--pretrained_vae_model_name_or_path",
+        default="stabilityai/sd-vae-ft-mse",
+        help="Any diffusers autoencoder: hub name or folder.",
+    )
+    group.add_argument(
+        "--pretrained_text_encoder_name_or_path",
+        default="laion/CLIP-ViT-L-14-laion2B-s32B-b82K",
+        help="CLIP text encoder: hub name or folder; with open_clip also ARCHITECTURE:CHECKPOINT_FILE.",
+    )
+    group.add_argument(
+        "--text_encoder_library",
+        choices=["transformers", "open_clip"],
+        default="transformers",
+        help="What loads the text encoder.",
+    )
+    group.add_argument("--tokenizer_name", default=None, help="Default: the tokenizer beside the text encoder.")
+    group.add_argument(
+        "--latent_content",
+        choices=["moments", "mean"],
+        default=None,
+        help="Store the posterior's mean and std (default, where the VAE has one) or its mean.",
+    )
+    group.add_argument("--encode_batch_size", type=positive_int, default=16, help="Images per VAE call.")
+    group.add_argument(
+        "--rows_per_shard", type=positive_int, default=512, help="Images per shard: what a kill can cost."
+    )
+    group.add_argument(
+        "--max_cached_captions",
+        type=non_negative_int,
+        default=200_000,
+        help="Above so many distinct captions token ids are cached and the text encoder runs in the training loop.",
+    )
+    group.add_argument(
+        "--decode_workers", type=positive_int, default=min(8, os.cpu_count() or 1), help="Threads that decode images."
+    )

@@ -1,0 +1,292 @@
+"""The parts of a training, from its arguments: data, cache, denoiser, objective."""
+
+import inspect
+import logging
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from utils.args.parsing import read_yaml
+from utils.diffusion.conditions import ClassCondition, NoCondition, TextCondition
+from utils.diffusion.denoiser import ConditionalDenoiser, num_tokens, own_config
+from utils.diffusion.objectives import OBJECTIVES, Objective, training_scheduler
+from utils.errors import UserError
+from utils.image.codec import Normalisation, folded_normalisation, load_vae, weights_hash
+from utils.image.pipeline import find_run, load_denoiser, load_settings
+from utils.latents.cache import LatentCache, LatentSpec
+from utils.models.dit import AFTER_ROUTE, BEFORE_ROUTE, DIT_SIZES, DiT
+from utils.models.unet import UNET_PRESETS, build_unet, unet_config
+from utils.training.lora import add_lora, start_from
+
+logger = logging.getLogger(__name__)
+BASE_FLAG = "--pretrained_model_name_or_path"
+
+
+def build_objective(args: Namespace, device: torch.device) -> tuple[Objective, Any]:
+    """The objective, its tables on `device`, and the scheduler that is saved with the model."""
+    scheduler = training_scheduler(
+        args.prediction_type,
+        args.beta_schedule,
+        args.rescale_betas_zero_snr,
+        args.flow_shift,
+        getattr(args, "learned_variance", False),
+    )
+    if (args.prediction_type, args.beta_schedule) == ("epsilon", "squaredcos_cap_v2"):
+        logger.warning(
+            "--beta_schedule squaredcos_cap_v2 with --prediction_type epsilon: the last timesteps are all noise, and "
+            "a sampler multiplies the model's errors there by thousands; v_prediction has no such trouble"
+        )
+    if args.prediction_type == "flow":
+        settings: dict[str, Any] = {"timestep_density": args.timestep_density}
+    else:
+        names = ("snr_gamma", "noise_offset", "input_perturbation")
+        settings = {name: getattr(args, name) for name in names} | {"device": device}
+    return OBJECTIVES[args.prediction_type](scheduler, **settings), scheduler
+
+
+def build_denoiser(args: Namespace, cache: LatentCache, condition: str) -> ConditionalDenoiser:
+    """A new denoiser for the latents and the condition ("text", "class" or "none") of a cache, by `--model` and
+    `--model_size`, or from the run that `--pretrained_model_name_or_path` names.
+    """
+    spec = cache.spec
+    channels, height, width = spec.shape
+    if height != width:
+        raise UserError(f"--latents_dir: latents of {height} x {width}: only square ones can be trained")
+    text_dim = spec.captions["hidden_size"] if condition == "text" and spec.captions else None
+    base = load_base(args)
+    if base is None:
+        config = MODELS[args.model](args.model_size, height, channels, text_dim, condition)
+        model_class = DiT if args.model == "dit" else UNet2DConditionModel
+        config |= read_model_config(args.model_config, model_class, config)
+    else:
+        take_normalisation(args, cache, check_latents(base, Path(args.pretrained_model_name_or_path), spec))
+        config = config_from(base, height, text_dim, condition)
+        check_same_model(args, config, height, channels, text_dim, condition)
+    try:
+        model = DiT.from_config(config) if args.model == "dit" else build_unet(config)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--model_size/--model_config: {error}") from error
+    if args.tread_ratio:
+        check_routing(args.tread_ratio, model)
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    denoiser = ConditionalDenoiser(model, build_condition(condition, cache, config, is_dit=args.model == "dit"))
+    return denoiser if base is None else fine_tuned(args, denoiser, base)
+
+
+def load_base(args: Namespace) -> ConditionalDenoiser | None:
+    """The trained denoiser to start from, or None."""
+    path = getattr(args, "pretrained_model_name_or_path", None)
+    return load_denoiser(*find_run(Path(path), BASE_FLAG), BASE_FLAG) if path else None
+
+
+def fine_tuned(args: Namespace, denoiser: ConditionalDenoiser, base: ConditionalDenoiser) -> ConditionalDenoiser:
+    """A new denoiser with the weights of `base`, and with --lora_rank adapters beside them."""
+    new_modules = start_from(denoiser, base, BASE_FLAG)
+    if args.lora_rank:
+        source = args.pretrained_model_name_or_path
+        add_lora(denoiser, args.lora_rank, args.lora_alpha, args.lora_target_modules, new_modules, source)
+    return denoiser
+
+
+def check_latents(base: ConditionalDenoiser, run_dir: Path, spec: LatentSpec) -> Normalisation | None:
+    """The normalisation that makes the latents of a cache those that the base was trained in; None, and a warning, if
+    they are another VAE's. Raises UserError for latents of another shape.
+    """
+    if base.model.config.in_channels != spec.shape[0]:
+        raise UserError(
+            f"{BASE_FLAG}: {run_dir} knows latents of {base.model.config.in_channels} channels, and those of "
+            f"--latents_dir have {spec.shape[0]}; precompute with the VAE of that run"
+        )
+    whole, _, _ = find_run(run_dir, BASE_FLAG)
+    vaes = load_vae(spec.vae), load_vae(str(whole / "vae"))
+    # Of a VAE into which a normalisation was folded only the layers next to the latents have changed.
+    ours, theirs = (weights_hash(getattr(each, "decoder", each)) for each in vaes)
+    if ours != theirs:
+        logger.warning("%s: %s was trained in latents of another VAE than this cache's", BASE_FLAG, run_dir)
+        return None
+    return folded_normalisation(*vaes, spec.shape[0]).then(load_settings(whole)[1])
+
+
+def take_normalisation(args: Namespace, cache: LatentCache, of_base: Normalisation | None) -> None:
+    """Has a cache give the latents that the base was trained in. Raises UserError where others are asked for."""
+    if of_base is None or of_base.is_close(cache.normalisation):
+        return
+    source = args.pretrained_model_name_or_path
+    if "latent_normalisation" in args.given:
+        raise UserError(
+            f"--latent_normalisation {args.latent_normalisation}: {source} was trained in latents of another mean or "
+            "std; leave it out, and its own are taken"
+        )
+    logger.info("latents are normalised as those of %s were", source)
+    cache.normalisation = of_base
+
+
+def config_from(base: ConditionalDenoiser, size: int, text_dim: int | None, condition: str) -> dict[str, Any]:
+    """Arguments of the base's model for latents of `size`, with what the condition needs where the base has none."""
+    config = own_config(base.model)
+    config["sample_size"] = size
+    if (
+        condition == "text"
+        and isinstance(base.conditions, TextCondition)
+        and config["cross_attention_dim"] != text_dim
+    ):
+        raise UserError(
+            f"{BASE_FLAG}: it knows text of width {config['cross_attention_dim']}, and that of --latents_dir has "
+            f"{text_dim}; precompute with the text encoder of that run"
+        )
+    if condition == "none" or not isinstance(base.conditions, NoCondition):
+        return config
+    if isinstance(base.model, DiT):
+        return config | condition_arguments(config["style"] == "plain", config["hidden_size"], text_dim, condition)
+    if condition == "text":
+        raise UserError(
+            f"{BASE_FLAG}: an unconditional U-Net has other blocks than one with text; start from a text-to-image "
+            "run, or from a DiT"
+        )
+    return config | {"class_embed_type": "identity"}
+
+
+def check_same_model(args: Namespace, config: dict[str, Any], *shape: Any) -> None:
+    """Raises UserError where --model_size or --model_config ask for another model than the base's `config`."""
+    model_class = DiT if args.model == "dit" else UNet2DConditionModel
+    wanted = {"--model_size": MODELS[args.model](args.model_size, *shape) if args.model_size else {}}
+    wanted["--model_config"] = read_model_config(args.model_config, model_class, config)
+    given = set(wanted["--model_config"])
+    for flag, values in wanted.items():
+        for key, value in values.items():
+            is_decided = key in DATA_ARGUMENTS or (flag == "--model_size" and key in given)
+            found = config.get(key)
+            if not is_decided and value != (tuple(found) if isinstance(found, list) else found):
+                raise UserError(f"{flag}: {key} {value}, but the run to start from has {found}; leave it out")
+
+
+def check_routing(tread_ratio: float, model: DiT) -> None:
+    """Raises UserError where no token, or past no block, would be routed."""
+    if model.config.num_layers <= BEFORE_ROUTE + AFTER_ROUTE:
+        raise UserError(
+            f"--tread_ratio: the route passes all blocks but the first {BEFORE_ROUTE} and the last {AFTER_ROUTE}, and "
+            f"this model has only {model.config.num_layers}; use a deeper one or leave the flag out"
+        )
+    if int(num_tokens(model) * tread_ratio) == 0:
+        raise UserError(
+            f"--tread_ratio: {tread_ratio} of the {num_tokens(model)} tokens of a sample is less than one; use a "
+            "larger share"
+        )
+
+
+def build_condition(condition: str, cache: LatentCache, config: dict[str, Any], is_dit: bool):
+    """The encoder of a condition, of the width its denoiser takes."""
+    spec = cache.spec
+    if condition == "none":
+        return NoCondition()
+    if condition == "class":
+        if spec.labels is None:
+            raise UserError(
+                "--latents_dir: this cache has no labels; precompute with --label_column, or add --unconditional"
+            )
+        if is_dit:  # of its own width, where it is added to the timestep embedding without a projection
+            width = config["projection_class_embeddings_input_dim"] or config["hidden_size"]
+        else:
+            width = 4 * config["block_out_channels"][0]
+        return ClassCondition(spec.labels["num_classes"], width, spec.labels["names"])
+    if spec.captions is None:
+        raise UserError("--latents_dir: this cache has no captions; precompute with --caption_column")
+    # A U-Net gets what Stable Diffusion's gets, the tokens alone; a DiT gets the pooled state too.
+    encoder = TextCondition(spec.captions["hidden_size"], spec.captions["shape"][0], use_pooled=is_dit)
+    if spec.captions["content"] == "hidden_states":
+        encoder.set_null(*cache.null_caption())
+    return encoder
+
+
+def unet_arguments(
+    size: str | None, sample_size: int, channels: int, text_dim: int | None, condition: str
+) -> dict[str, Any]:
+    """Arguments of a U-Net preset."""
+    size = size or "base"
+    if size not in UNET_PRESETS:
+        raise UserError(f"--model_size {size}: a U-Net has the sizes {', '.join(UNET_PRESETS)}")
+    factor = 2 ** (len(UNET_PRESETS[size].block_out_channels) - 1)
+    if sample_size % factor:
+        raise UserError(
+            f"--model_size {size}: latents of {sample_size} x {sample_size} cannot be halved often "
+            f"enough: use a multiple of {factor} (a larger --resolution) or a smaller size"
+        )
+    return unet_config(size, sample_size, channels, text_dim, condition == "class")
+
+
+def dit_arguments(
+    size: str | None, sample_size: int, channels: int, text_dim: int | None, condition: str
+) -> dict[str, Any]:
+    """Arguments of a DiT by its name in the paper, size/patch; with "plain-" before it, of the paper's own blocks."""
+    name, _, patch = (size or "B/2").partition("/")
+    is_plain, name = name.startswith("plain-"), name.removeprefix("plain-")
+    if name not in DIT_SIZES or patch not in ("1", "2", "4", "8"):
+        raise UserError(
+            f"--model_size {size}: a DiT has sizes {', '.join(DIT_SIZES)} with patch 1, 2, 4 or 8, as in B/2, and "
+            "plain-B/2 for the blocks of the paper"
+        )
+    num_layers, hidden_size, heads = DIT_SIZES[name]
+    if sample_size % int(patch):
+        raise UserError(
+            f"--model_size {size}: latents of {sample_size} x {sample_size} do not divide into patches of {patch}"
+        )
+    return {
+        "sample_size": sample_size,
+        "patch_size": int(patch),
+        "in_channels": channels,
+        "num_layers": num_layers,
+        "hidden_size": hidden_size,
+        "num_attention_heads": heads,
+        "style": "plain" if is_plain else "modern",
+        "positions": None if is_plain else "both",
+    } | condition_arguments(is_plain, hidden_size, text_dim, condition)
+
+
+def condition_arguments(is_plain: bool, hidden_size: int, text_dim: int | None, condition: str) -> dict[str, Any]:
+    """Arguments of a DiT that its condition decides."""
+    pooled_dim = {"class": hidden_size, "text": text_dim, "none": None}[condition]
+    adds_labels = is_plain and condition == "class"  # as the paper does
+    return {
+        "cross_attention_dim": text_dim,
+        "projection_class_embeddings_input_dim": None if adds_labels else pooled_dim,
+        "class_embed_type": "identity" if adds_labels else None,
+    }
+
+
+MODELS = {"unet": unet_arguments, "dit": dit_arguments}
+
+
+# Decided by the latents and the condition: a file may repeat them, not contradict them.
+DATA_ARGUMENTS = (
+    "in_channels",
+    "out_channels",
+    "cross_attention_dim",
+    "class_embed_type",
+    "projection_class_embeddings_input_dim",
+)
+
+
+def read_model_config(path: str | None, model_class: type, preset: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the model from a JSON or YAML file (JSON is YAML), such as the config.json of a diffusers model."""
+    if path is None:
+        return {}
+    values = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in read_yaml(path, "--model_config").items()
+        if not str(key).startswith("_")
+    }
+    values.pop("sample_size", None)  # that of the latents
+    known = inspect.signature(model_class).parameters
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"--model_config {path}: {model_class.__name__} has no argument {key}")
+        if key in DATA_ARGUMENTS and value != preset.get(key):
+            raise UserError(
+                f"--model_config {path}: {key} is {value}, but the data and the condition need "
+                f"{preset.get(key)}; leave it out"
+            )
+    return values

@@ -1,0 +1,173 @@
+"""The data of a training, from its arguments: a latent cache, made first if need be, or a stream of images."""
+
+import logging
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from utils.errors import UserError
+from utils.files import sha256_json
+from utils.image import codec as codecs
+from utils.image.data.pixels import BACKGROUNDS, Framing
+from utils.image.data.rows import resolve_columns, undecoded
+from utils.image.data.sources import dataset_identity, open_image_dataset
+from utils.image.data.stream import ImageStream
+from utils.image.precompute import build_latent_cache
+from utils.image.text import load_text_encoder
+from utils.image.vae.network import VAE_PRESETS
+from utils.latents.cache import LatentCache, LatentSpec, check_fingerprint
+from utils.latents.parts import pool, readers_of, unevenness
+from utils.training.held_out import HeldOut, hold_out, in_fixed_order, open_split
+
+logger = logging.getLogger(__name__)
+
+
+def open_cache(args: Namespace, accelerator: Accelerator, output_dir: Path) -> LatentCache:
+    """The cache of `--latents_dir`, made first if dataset flags are given. Raises UserError if it is not the one asked
+    for.
+    """
+    if args.dataset_name or args.train_data_dir:
+        cache_dir = Path(args.latents_dir or output_dir / "latents")
+        build_latent_cache(args, accelerator, cache_dir)
+        return LatentCache(cache_dir, args.latent_normalisation)
+    if not args.latents_dir:
+        raise UserError("give --latents_dir (a latent cache), or --dataset_name or --train_data_dir to make one")
+    folder = args.latents_dir.replace("{process}", str(accelerator.process_index))
+    specs = gather_specs(folder)
+    spec = pool(specs)
+    if spec.kind != "image":
+        others = {"set": "crystals are for train_crystal_ldm.py", "vector": "cells are for train_expression_ldm.py"}
+        raise UserError(f"--latents_dir: {args.latents_dir} holds latents of a {spec.kind}; {others[spec.kind]}")
+    check_fingerprint(spec.fingerprint, asked_of_cache(args, spec), args.latents_dir)
+    # args.yaml should tell what was trained on, and not the defaults of flags that played no part.
+    args.resolution, args.random_flip = spec.fingerprint["resolution"], spec.flips
+    args.pretrained_vae_model_name_or_path = spec.vae
+    args.codec = codecs.PIXELS if spec.vae == codecs.PIXELS else "vae"
+    if spec.text_encoder:
+        args.pretrained_text_encoder_name_or_path = spec.text_encoder["name"]
+        args.text_encoder_library, args.tokenizer_name = spec.text_encoder["library"], spec.text_encoder["tokenizer"]
+    cache = LatentCache(folder, args.latent_normalisation)
+    if "part" in spec.fingerprint:
+        parts = [each.fingerprint["part"]["index"] for each in specs]
+        reader = readers_of(parts, args.train_batch_size)[accelerator.process_index]
+        cache.join_parts(spec, args.latent_normalisation, reader)
+        logger.info(
+            "%d parts, read by %d processes; rows of the smallest are seen %.1f %% more often than of the largest",
+            len(set(parts)),
+            len(parts),
+            100 * unevenness(specs),
+        )
+    return cache
+
+
+def open_held_out(args: Namespace, cache: LatentCache) -> HeldOut | None:
+    """The latents that evaluations are made on; None without --eval_steps. Raises UserError for a cache that does not
+    fit."""
+    if args.eval_steps is None:
+        return None
+    if args.validation_latents_dir:
+        return open_split(cache, args.validation_latents_dir)
+    return hold_out(cache, args.num_validation_samples)
+
+
+def gather_specs(folder: str) -> list[LatentSpec]:
+    """The spec that each process finds in its `folder`. Raises UserError on all if one finds none."""
+    found: LatentSpec | str
+    try:
+        found = LatentSpec.read(folder)
+    except UserError as error:
+        found = str(error)
+    everyones = gather_object([found])
+    messages = [each for each in everyones if isinstance(each, str)]
+    if messages:
+        raise UserError(messages[0])
+    return everyones
+
+
+# Flags that play a part only while a cache is made, and leave no mark in it.
+MAKING_FLAGS = (
+    "dataset_config_name",
+    "dataset_revision",
+    "dataset_split",
+    "streaming",
+    "max_skipped_fraction",
+    "encode_batch_size",
+    "rows_per_shard",
+    "max_cached_captions",
+    "decode_workers",
+)
+
+
+def asked_of_cache(args: Namespace, spec: LatentSpec) -> dict[str, Any]:
+    """The part of a cache's fingerprint that the given flags decide. Raises UserError for idle ones."""
+    for name in MAKING_FLAGS:
+        if name in args.typed:
+            raise UserError(
+                f"--{name} has no effect on a finished cache (--latents_dir {args.latents_dir}); leave it out"
+            )
+    names = {"resolution": "resolution", "random_flip": "random_flip", "max_samples": "max_samples"}
+    names |= {"latent_content": "content", "alpha_background": "alpha_background"}
+    asked = {key: getattr(args, name) for name, key in names.items() if name in args.given}
+    columns = {kind: f"{kind}_column" for kind in ("image", "caption", "label")}
+    if any(name in args.given for name in columns.values()):
+        given = {kind: getattr(args, name) for kind, name in columns.items() if name in args.given}
+        asked["columns"] = spec.fingerprint["columns"] | given
+    if "center_crop" in args.given:
+        asked["crop"] = "center" if args.center_crop else f"random, seed {args.seed}"
+    if "pretrained_vae_model_name_or_path" in args.given:
+        name = args.pretrained_vae_model_name_or_path
+        asked["vae"] = codecs.describe(codecs.load_vae(name), name)
+    if "pretrained_text_encoder_name_or_path" in args.given and spec.text_encoder:
+        name = args.pretrained_text_encoder_name_or_path
+        _, text_encoder = load_text_encoder(name, args.text_encoder_library, args.tokenizer_name)
+        asked["text_encoder"] = codecs.describe(text_encoder, name)
+    return asked
+
+
+class ImageData(NamedTuple):
+    """Images to train on, images kept out of it (None: there are none), and a hash of what decides them."""
+
+    train: ImageStream
+    validation: ImageStream | None
+    identity: str
+
+
+def open_images(args: Namespace) -> ImageData:
+    """The images of the dataset flags. Raises UserError for bad input."""
+    factor = 2 ** (len(VAE_PRESETS[args.vae_size].block_out_channels) - 1)
+    if args.resolution % factor:
+        raise UserError(
+            f"--resolution: {args.resolution} is not divisible by {factor}, the factor of --vae_size {args.vae_size}"
+        )
+    source = (args.dataset_name, args.dataset_config_name, args.train_data_dir)
+    dataset = open_image_dataset(*source, split=args.dataset_split, revision=args.dataset_revision)
+    column = resolve_columns(dataset, args.image_column, None, None).image
+    identity = dataset_identity(dataset, *source, args.dataset_split, args.dataset_revision)
+    dataset = undecoded(dataset.select_columns([column]), column)
+    if args.max_samples is not None:
+        dataset = dataset.select(range(min(args.max_samples, len(dataset))))
+    settings = [args.resolution, args.center_crop, args.random_flip, args.alpha_background, args.max_samples]
+    held_out = None
+    if args.validation_split is not None:
+        others = open_image_dataset(*source, split=args.validation_split, revision=args.dataset_revision)
+        others = undecoded(others.select_columns([resolve_columns(others, column, None, None).image]), column)
+        held_out = others.select(np.sort(in_fixed_order(len(others))[: args.num_validation_images]))
+    elif args.num_validation_images is not None:
+        if args.num_validation_images >= len(dataset):
+            raise UserError(
+                f"--num_validation_images {args.num_validation_images}: the dataset has {len(dataset)} images, and "
+                "some must be left to train on; use fewer"
+            )
+        rows = np.sort(in_fixed_order(len(dataset))[: args.num_validation_images])
+        held_out, dataset = dataset.select(rows), dataset.select(np.delete(np.arange(len(dataset)), rows))
+        settings.append(args.num_validation_images)
+    background = BACKGROUNDS[args.alpha_background]
+    framing = Framing(args.resolution, args.center_crop, background)
+    train = ImageStream(dataset, column, framing, args.random_flip, args.seed)
+    centred = Framing(args.resolution, True, background)
+    validation = None if held_out is None else ImageStream(held_out, column, centred, random_flip=False, seed=0)
+    return ImageData(train, validation, sha256_json([identity, settings]))
