@@ -16,22 +16,24 @@ docs/evaluation.md says what each figure means and what it hides.
 import argparse
 from pathlib import Path
 
+from utils.args import sampling as args_sampling
 from utils.args import sampling as sample_args
 from utils.args.parsing import parse_with_config, peek, run_script
 from utils.crystal.evaluation import args as eval_crystal_args
 from utils.expression.evaluation import args as eval_expression_args
+from utils.image.args import requests as args_requests
 from utils.image.evaluation import args as eval_args
 
 
 def add_image_args(parser: argparse.ArgumentParser) -> None:
     eval_args.add_comparison_args(parser)
     eval_args.add_measurement_args(parser)
-    sample_args.add_request_args(parser)
+    args_requests.add_request_args(parser)
     sample_args.add_sampler_args(parser)
 
 
 def check_image_args(args: argparse.Namespace) -> None:
-    sample_args.check_request_args(args)
+    args_requests.check_request_args(args)
     eval_args.check_eval_args(args)
 
 
@@ -131,13 +133,13 @@ def evaluate_images(args: argparse.Namespace) -> None:
     from utils.diffusion import sampling
     from utils.evaluation import report
     from utils.image import pictures
-    from utils.image import sampler as requests
     from utils.image.codec import measure_shape
     from utils.image.evaluation import figures as eval_figures
     from utils.image.evaluation import images as eval_images
     from utils.image.evaluation.features import ClassifierFeatures, PixelFeatures, load_features
     from utils.image.evaluation.measured import measure
-    from utils.runs.run_folder import check_modality
+    from utils.modalities import check_modality
+    from utils.runs import load
 
     # Load
     device = sampling.usable_device(args.device)
@@ -156,16 +158,16 @@ def evaluate_images(args: argparse.Namespace) -> None:
         samples = eval_images.open_images(args.samples, args.samples_split, "--samples", columns, args.num_samples)
         args.num_samples = len(samples)
     else:
-        run_dir = Path(args.model) if args.model else requests.newest_run(Path("runs"))
+        run_dir = Path(args.model) if args.model else load.newest_run(Path("runs"))
         check_modality(run_dir, "image")
         args.num_samples = args.num_samples or eval_args.DEFAULT_SAMPLES_OF_A_RUN
     real = open_real(args, extractors, args.num_samples)
     output_dir = Path(args.output_dir) if args.output_dir else None
-    output_dir = output_dir or requests.next_folder((run_dir or Path("runs")) / "evaluated")
+    output_dir = output_dir or load.next_folder((run_dir or Path("runs")) / "evaluated")
 
     # Measure
     points, notes = [], []
-    for swept in eval_args.sweep_points(args):
+    for swept in args_sampling.sweep_points(args):
         name = " ".join(f"{key} {value:g}" for key, value in swept.items())
         if run_dir is not None:
             chosen = argparse.Namespace(**(vars(args) | swept))
@@ -212,6 +214,10 @@ def evaluate_images(args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    from utils.modalities import check_modality
+
+    if args.model:
+        check_modality(Path(args.model), args.modality)
     if args.modality == "crystal":
         from utils.crystal.evaluation.evaluate import evaluate_crystals
 

@@ -15,7 +15,9 @@ from utils.args import checks as arg_checks
 from utils.args import groups as shared
 from utils.args.parsing import parse_with_config, required, run_script
 from utils.errors import UserError
+from utils.image.args import data, text, validation
 from utils.image.args import data as input_args
+from utils.image.args import model as args_model
 from utils.plan import args as plan_args
 
 
@@ -24,24 +26,24 @@ def parse_args() -> argparse.Namespace:
     plan_flags = plan_args.add_plan_args(parser)
     plan_args.add_trainer_args(parser)
     shared.add_run_args(parser)
-    shared.add_model_args(parser)
+    args_model.add_model_args(parser)
     shared.add_lora_args(parser)
     shared.add_objective_args(parser)
     shared.add_optimizer_args(parser)
     shared.add_ema_args(parser)
     shared.add_power_ema_args(parser)
-    shared.add_evaluation_args(parser)
-    shared.add_validation_args(parser, "prompts or labels")
+    validation.add_evaluation_args(parser)
+    validation.add_validation_args(parser, "prompts or labels")
     input_args.add_dataset_args(parser)
-    input_args.add_condition_args(parser)
+    text.add_condition_args(parser)
     input_args.add_cache_args(parser)
     args = parse_with_config(parser)
     required(args, "hours")
-    arg_checks.check_codec_args(args)
+    data.check_codec_args(args)
     plan_args.check_plan_args(args)
     arg_checks.check_lora_args(args)
     arg_checks.check_objective_args(args)
-    arg_checks.check_routing_args(args)
+    args_model.check_routing_args(args)
     arg_checks.check_optimizer_args(args)
     arg_checks.check_ema_args(args)
     arg_checks.check_power_ema_args(args)
@@ -52,7 +54,7 @@ def parse_args() -> argparse.Namespace:
 
 def planned_spec(args: argparse.Namespace):
     """The spec of the cache: that of --latents_dir, or of the one that the flags would make."""
-    from utils.latents.cache import LatentSpec
+    from utils.latents.spec import LatentSpec
     from utils.plan.instruments import synthetic_spec
 
     if args.latents_dir:
@@ -77,8 +79,8 @@ def main(args: argparse.Namespace) -> None:
     from utils.plan import arithmetic as planning
     from utils.plan import instruments as measuring
     from utils.training import flops as budget
-    from utils.training import lora
     from utils.training import optimizers as optimization
+    from utils.training import setup
     from utils.training import setup as run
     from utils.training.ema import EMA
 
@@ -90,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
     memory_limit = measuring.usable_bytes(device, args.memory_gb) * (1 - args.memory_margin)
     spec = planned_spec(args)
     cache = measuring.SyntheticCache(spec)
-    objective, _ = build.build_objective(args, device)
+    objective, _ = setup.build_objective(args, device)
     condition = "none" if args.unconditional else args.trainer
     denoiser = build.build_denoiser(args, cache, condition)
     encodes_in_loop = condition == "text" and cache.caption_content == "input_ids"
@@ -192,7 +194,7 @@ def main(args: argparse.Namespace) -> None:
         args.hours, step_seconds, overheads, args.checkpointing_steps, args.validation_steps, args.eval_steps
     )
     num_text_tokens = spec.captions["shape"][0] if condition == "text" else 0
-    flops = lora.training_flops(model, spec.shape, num_text_tokens, args.tread_ratio)
+    flops = budget.training_flops(model, spec.shape, num_text_tokens, args.tread_ratio)
     peak = budget.peak_flops(device, accelerator.mixed_precision)
     samples = batch_size * micro_steps
     mfu = budget.model_flops_utilisation(samples / step_seconds, flops, peak)

@@ -14,11 +14,11 @@ Killed at any moment and started again it continues. Several processes each enco
 import argparse
 from pathlib import Path
 
-from utils.args import checks as arg_checks
 from utils.args.parsing import non_negative_int, parse_with_config, peek, positive_int, required, run_script
 from utils.crystal import args as crystal_args
 from utils.errors import UserError
 from utils.expression import args as expression_args
+from utils.image.args import data, text
 from utils.image.args import data as input_args
 
 
@@ -30,7 +30,7 @@ def add_image_args(parser: argparse.ArgumentParser) -> None:
         help="Autocast of the VAE. Default: what accelerate's config says.",
     )
     input_args.add_dataset_args(parser)
-    input_args.add_condition_args(parser)
+    text.add_condition_args(parser)
     input_args.add_cache_args(parser)
     group = parser.add_argument_group("parts")
     group.add_argument(
@@ -43,7 +43,7 @@ def add_image_args(parser: argparse.ArgumentParser) -> None:
 
 
 def check_image_args(args: argparse.Namespace) -> None:
-    arg_checks.check_codec_args(args)
+    data.check_codec_args(args)
     if args.part_index >= args.num_parts:
         raise UserError(f"--part_index {args.part_index}: the parts are 0 to {args.num_parts - 1} (--num_parts)")
     if not args.dataset_name and not args.train_data_dir:

@@ -18,11 +18,12 @@ from utils.args import sampling as sample_args
 from utils.args.parsing import parse_with_config, positive_int, run_script
 from utils.crystal import args as crystal_args
 from utils.expression import args as expression_args
+from utils.image.args import requests as args_requests
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sample_args.add_request_args(parser)
+    args_requests.add_request_args(parser)
     parser.add_argument(
         "--num_images_per_prompt", type=positive_int, default=4, help="Images for each prompt or label."
     )
@@ -33,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lora", default=None, help="Folder lora/ of a run that was fine-tuned from --model.")
     parser.add_argument("--output_dir", default=None, help="New or empty folder. Default: MODEL/sampled/NUMBER.")
     args = parse_with_config(parser)
-    sample_args.check_request_args(args)
+    args_requests.check_request_args(args)
     return args
 
 
@@ -61,8 +62,10 @@ def sample_images(args: argparse.Namespace, run_dir: Path) -> None:
     from tqdm.auto import tqdm
 
     from utils.diffusion import sampling
+    from utils.image import pictures
     from utils.image import sampler as requests
     from utils.image.pipeline import load_run
+    from utils.runs import load
 
     # Load
     refuse_other_kinds(args, run_dir, "images")
@@ -87,7 +90,7 @@ def sample_images(args: argparse.Namespace, run_dir: Path) -> None:
         with_negative_prompt=args.negative_prompt is not None,
     )
     wanted = [each for each in wanted for _ in range(args.num_images_per_prompt)]
-    output_dir = Path(args.output_dir) if args.output_dir else requests.next_folder(run_dir / "sampled")
+    output_dir = Path(args.output_dir) if args.output_dir else load.next_folder(run_dir / "sampled")
     output_dir.mkdir(parents=True, exist_ok=True)
 
     # Sample
@@ -106,7 +109,7 @@ def sample_images(args: argparse.Namespace, run_dir: Path) -> None:
     requests.save_images(output_dir, images, wanted, settings, args.seed)
     count = args.num_images_per_prompt
     rows = [images[i : i + count] for i in range(0, len(images), count)]
-    sampling.labelled_grid([row[:10] for row in rows[:50]], names[::count][:50]).save(output_dir / "grid.png")
+    pictures.labelled_grid([row[:10] for row in rows[:50]], names[::count][:50]).save(output_dir / "grid.png")
     print(f"{len(images)} images and grid.png in {output_dir}")
 
 
@@ -114,11 +117,12 @@ def sample_crystals(args: argparse.Namespace, run_dir: Path) -> None:
     from tqdm.auto import tqdm
 
     from utils.crystal import files as crystal_files
+    from utils.crystal import pictures
     from utils.crystal import sampler as crystal_requests
-    from utils.crystal.export import load_crystal_guide, load_crystal_run
     from utils.crystal.matching import is_structurally_valid
+    from utils.crystal.pipeline import load_crystal_guide, load_crystal_run
     from utils.diffusion import sampling
-    from utils.image import sampler as requests
+    from utils.runs import load
 
     # Load
     refuse_other_kinds(args, run_dir, "crystals")
@@ -151,7 +155,7 @@ def sample_crystals(args: argparse.Namespace, run_dir: Path) -> None:
     num_atoms = crystal_requests.numbers_of_atoms(pipeline, wanted, args.num_atoms, args.seed)
     if args.clamp_composition:
         crystal_requests.clamped_counts(wanted, num_atoms)  # refuses what cannot be, before the folder is made
-    output_dir = Path(args.output_dir) if args.output_dir else requests.next_folder(run_dir / "sampled")
+    output_dir = Path(args.output_dir) if args.output_dir else load.next_folder(run_dir / "sampled")
     output_dir.mkdir(parents=True, exist_ok=True)
 
     # Sample
@@ -175,7 +179,7 @@ def sample_crystals(args: argparse.Namespace, run_dir: Path) -> None:
     # Save
     settings = sampling_settings(args, run_dir, pipeline, settings) | {"clamp_composition": args.clamp_composition}
     crystal_files.save_crystals(output_dir, crystals, wanted, settings, args.seed)
-    crystal_files.crystal_grid(crystals[:64]).save(output_dir / "crystals.png")
+    pictures.crystal_grid(crystals[:64]).save(output_dir / "crystals.png")
     valid = sum(is_structurally_valid(crystal) for crystal in crystals)
     print(f"{len(crystals)} crystals ({valid} of valid structure) and crystals.png in {output_dir}")
 
@@ -187,8 +191,8 @@ def sample_cells(args: argparse.Namespace, run_dir: Path) -> None:
     from utils.diffusion import sampling
     from utils.expression import files as expression_files
     from utils.expression import sampler as expression_requests
-    from utils.expression.export import load_expression_guide, load_expression_run
-    from utils.image import sampler as requests
+    from utils.expression.pipeline import load_expression_guide, load_expression_run
+    from utils.runs import load
 
     # Load
     refuse_other_kinds(args, run_dir, "cells")
@@ -214,7 +218,7 @@ def sample_cells(args: argparse.Namespace, run_dir: Path) -> None:
         args.num_inference_steps,
         with_guide=guide is not None,
     )
-    output_dir = Path(args.output_dir) if args.output_dir else requests.next_folder(run_dir / "sampled")
+    output_dir = Path(args.output_dir) if args.output_dir else load.next_folder(run_dir / "sampled")
     output_dir.mkdir(parents=True, exist_ok=True)
     batch_size = args.batch_size if "batch_size" in args.given else CELLS_AT_ONCE
 
@@ -236,15 +240,15 @@ def sample_cells(args: argparse.Namespace, run_dir: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    from utils.crystal.export import is_crystal_run
-    from utils.expression.export import is_expression_run
-    from utils.image.sampler import newest_run
+    from utils.modalities import modality_of
+    from utils.runs.load import newest_run
 
     run_dir = Path(args.model) if args.model else newest_run(Path("runs"))
-    if is_expression_run(run_dir):
+    modality = modality_of(run_dir).name
+    if modality == "expression":
         sample_cells(args, run_dir)
     else:
-        (sample_crystals if is_crystal_run(run_dir) else sample_images)(args, run_dir)
+        (sample_crystals if modality == "crystal" else sample_images)(args, run_dir)
 
 
 if __name__ == "__main__":

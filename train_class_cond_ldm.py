@@ -10,11 +10,13 @@ folder that sample.py and diffusers load.
 import argparse
 from pathlib import Path
 
-from utils.args import checks as arg_checks
 from utils.args import groups as shared
 from utils.args.parsing import fraction, non_negative_int, parse_with_config, required, run_script
 from utils.errors import UserError
+from utils.image.args import data, text
 from utils.image.args import data as input_args
+from utils.image.args import model as args_model
+from utils.image.args import validation as args_validation
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,23 +41,23 @@ def parse_args() -> argparse.Namespace:
         help="Labels that are sampled on the way; the first ten by default.",
     )
     shared.add_run_args(parser)
-    shared.add_model_args(parser)
+    args_model.add_model_args(parser)
     shared.add_lora_args(parser)
     shared.add_objective_args(parser)
     shared.add_optimizer_args(parser)
     shared.add_ema_args(parser)
     shared.add_power_ema_args(parser)
-    shared.add_evaluation_args(parser)
-    shared.add_validation_args(parser, "labels")
+    args_validation.add_evaluation_args(parser)
+    args_validation.add_validation_args(parser, "labels")
     input_args.add_dataset_args(parser)
-    input_args.add_condition_args(parser)
+    text.add_condition_args(parser)
     input_args.add_cache_args(parser)
     args = parse_with_config(parser)
     required(args, "output_dir")
-    arg_checks.check_codec_args(args)
-    arg_checks.check_denoiser_args(args)
+    data.check_codec_args(args)
+    args_model.check_image_denoiser_args(args)
     if not args.unconditional:
-        arg_checks.check_condition_column(args, "label_column")
+        data.check_condition_column(args, "label_column")
     return args
 
 
@@ -83,12 +85,15 @@ def main(args: argparse.Namespace) -> None:
     from utils.image import validation
     from utils.image.evaluation.features import load_features
     from utils.latents.cache import LatentStream
+    from utils.training import ema as training_ema
     from utils.training import evaluator as evaluation
     from utils.training import optimizers as optimization
+    from utils.training import setup
     from utils.training import setup as run
     from utils.training.checkpoints import Checkpoints
     from utils.training.ema import EMA
-    from utils.training.lora import identity_of, training_flops
+    from utils.training.flops import training_flops
+    from utils.training.lora import identity_of
     from utils.training.step_log import StepLog
 
     # Load
@@ -96,7 +101,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = run.make_accelerator(args, output_dir)
     run.check_output_dir(output_dir, args.resume_from_checkpoint, accelerator)
     cache = training_data.open_cache(args, accelerator, output_dir)
-    objective, scheduler = build.build_objective(args, accelerator.device)
+    objective, scheduler = setup.build_objective(args, accelerator.device)
     condition = "none" if args.unconditional else "class"
     denoiser = build.build_denoiser(args, cache, condition)
     frozen = export.load_frozen_parts(cache.spec, cache.normalisation, scheduler)
@@ -112,7 +117,7 @@ def main(args: argparse.Namespace) -> None:
         args.validation_guidance_scale,
         args.validation_inference_steps,
     )
-    held_out = training_data.open_held_out(args, cache)
+    held_out = setup.open_held_out(args, cache)
     num_rows = cache.spec.num_rows - (args.num_validation_samples or 0)  # that are trained on
     sample_distance = None
     if held_out is not None and args.eval_features:
@@ -224,7 +229,7 @@ def main(args: argparse.Namespace) -> None:
         done = global_step + 1
         step_log.step_done(moved, args.gradient_accumulation_steps)
         if evaluator is not None and (done % args.eval_steps == 0 or control.is_finished):
-            with run.averaged_weights(accelerator, model, ema) as averaged:
+            with training_ema.averaged_weights(accelerator, model, ema) as averaged:
                 evaluator.evaluate(averaged, done)
             control.end_early(evaluator.reason_to_end)
         if done % args.logging_steps == 0 or control.is_last:
@@ -234,14 +239,14 @@ def main(args: argparse.Namespace) -> None:
         if done % args.checkpointing_steps == 0 or control.is_last:
             saver.save(done)
         if done % args.validation_steps == 0 or control.is_finished:
-            with run.averaged_weights(accelerator, model, ema) as averaged:
+            with training_ema.averaged_weights(accelerator, model, ema) as averaged:
                 grids.save(averaged, done, class_labels=labels, label_names=label_names)
     progress.close()
     control.say_how_it_ended()
 
     # Export
     accelerator.wait_for_everyone()
-    with run.averaged_weights(accelerator, model, ema) as averaged:
+    with training_ema.averaged_weights(accelerator, model, ema) as averaged:
         if accelerator.is_main_process and not control.interrupted:
             write_model(output_dir, averaged, control.steps_done)
     accelerator.end_training()

@@ -42,16 +42,16 @@ def main(args: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from utils.crystal import export as crystal_export
+    from utils.crystal import pipeline as crystal_pipeline
     from utils.crystal import setup as crystal_runs
     from utils.crystal.validation import CrystalSamples
+    from utils.diffusion.denoiser import draw_drops
     from utils.draws import SampleDraws
-    from utils.image import networks as build
-    from utils.image import setup as training_data
     from utils.latents.cache import LatentStream
-    from utils.runs import column_runs
+    from utils.training import ema as training_ema
     from utils.training import evaluator as evaluation
     from utils.training import optimizers as optimization
+    from utils.training import setup
     from utils.training import setup as run
     from utils.training.checkpoints import Checkpoints
     from utils.training.ema import EMA
@@ -63,10 +63,10 @@ def main(args: argparse.Namespace) -> None:
     accelerator = run.make_accelerator(args, output_dir)
     run.check_output_dir(output_dir, args.resume_from_checkpoint, accelerator)
     cache = crystal_runs.open_set_cache(args)
-    objective, scheduler = build.build_objective(args, accelerator.device)
+    objective, scheduler = setup.build_objective(args, accelerator.device)
     denoiser = crystal_runs.build_set_denoiser(args, cache)
-    pipeline = crystal_export.make_pipeline(denoiser, cache.spec, cache.normalisation, scheduler)
-    held_out = training_data.open_held_out(args, cache)
+    pipeline = crystal_pipeline.make_pipeline(denoiser, cache.spec, cache.normalisation, scheduler)
+    held_out = setup.open_held_out(args, cache)
     num_rows = cache.spec.num_rows - (args.num_validation_samples or 0)  # that are trained on
     samples = CrystalSamples(
         accelerator,
@@ -79,10 +79,10 @@ def main(args: argparse.Namespace) -> None:
     )
 
     def write_model(folder: Path, weights, num_steps: int) -> None:
-        card = crystal_export.model_card(
+        card = crystal_pipeline.model_card(
             cache.spec, num_rows, args.condition or [], num_steps, args.use_ema, args.pretrained_model_name_or_path
         )
-        crystal_export.export_run(folder, weights, pipeline, card)
+        crystal_pipeline.export_run(folder, weights, pipeline, card)
 
     # Prepare
     optimizer = optimization.make_optimizer(
@@ -116,7 +116,7 @@ def main(args: argparse.Namespace) -> None:
         )
     run.save_args(args, output_dir, accelerator)  # nothing was written until all was found to fit
     if accelerator.is_main_process:
-        crystal_export.save_frozen_parts(output_dir, pipeline)
+        crystal_pipeline.save_frozen_parts(output_dir, pipeline)
     if args.torch_compile:
         denoiser = torch.compile(denoiser)
     stream = LatentStream(cache, args.seed, None if held_out is None else held_out.training_rows)
@@ -150,7 +150,7 @@ def main(args: argparse.Namespace) -> None:
                 noise = objective.sample_noise(latents, draws)  # (B, N, D)
                 timesteps = objective.sample_timesteps(draws.uniform("timestep"))  # (B,)
                 noisy_latents = objective.add_noise(latents, objective.perturb(noise, draws), timesteps)
-                drop = column_runs.draw_drops(draws, args.cond_drop_prob, list(cache.conditions))  # (B,) or (B, K)
+                drop = draw_drops(draws, args.cond_drop_prob, list(cache.conditions))  # (B,) or (B, K)
                 model_pred = denoiser(noisy_latents, timesteps, batch, drop)
                 target = objective.target(latents, noise, timesteps)
                 loss = objective.loss(model_pred, target, timesteps, batch["attention_mask"])
@@ -169,7 +169,7 @@ def main(args: argparse.Namespace) -> None:
         done = global_step + 1
         step_log.step_done(moved, args.gradient_accumulation_steps)
         if evaluator is not None and (done % args.eval_steps == 0 or control.is_finished):
-            with run.averaged_weights(accelerator, model, ema) as averaged:
+            with training_ema.averaged_weights(accelerator, model, ema) as averaged:
                 evaluator.evaluate(averaged, done)
             control.end_early(evaluator.reason_to_end)
         if done % args.logging_steps == 0 or control.is_last:
@@ -179,14 +179,14 @@ def main(args: argparse.Namespace) -> None:
         if done % args.checkpointing_steps == 0 or control.is_last:
             saver.save(done)
         if done % args.validation_steps == 0 or control.is_finished:
-            with run.averaged_weights(accelerator, model, ema) as averaged:
+            with training_ema.averaged_weights(accelerator, model, ema) as averaged:
                 samples.save(averaged, done)
     progress.close()
     control.say_how_it_ended()
 
     # Export
     accelerator.wait_for_everyone()
-    with run.averaged_weights(accelerator, model, ema) as averaged:
+    with training_ema.averaged_weights(accelerator, model, ema) as averaged:
         if accelerator.is_main_process and not control.interrupted:
             write_model(output_dir, averaged, control.steps_done)
     accelerator.end_training()

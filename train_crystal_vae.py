@@ -38,13 +38,14 @@ def main(args: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from utils.crystal.data.stream import CrystalStream, translated
+    from utils.crystal.data.table import CrystalStream, translated
     from utils.crystal.setup import open_crystal_data
     from utils.crystal.vae import training as crystal_training
     from utils.crystal.vae.network import CRYSTAL_VAE_SIZES, CrystalVAE
     from utils.draws import SampleDraws
-    from utils.image.vae.losses import kl_to_standard_normal, kl_weight_at
+    from utils.latents.posterior import kl_to_standard_normal, kl_weight_at
     from utils.tensor_ops import masked_mean
+    from utils.training import ema as training_ema
     from utils.training import optimizers as optimization
     from utils.training import setup as run
     from utils.training.checkpoints import Checkpoints
@@ -141,7 +142,7 @@ def main(args: argparse.Namespace) -> None:
         if done % args.checkpointing_steps == 0 or control.is_last:
             saver.save(done)
         if done % args.validation_steps == 0 or control.is_finished:
-            with run.averaged_weights(accelerator, model, ema):
+            with training_ema.averaged_weights(accelerator, model, ema):
                 figures = reconstructions.run(model, done)
     progress.close()
     control.say_how_it_ended()
@@ -149,7 +150,7 @@ def main(args: argparse.Namespace) -> None:
     # Export
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not control.interrupted:
-        with run.averaged_weights(accelerator, model, ema):
+        with training_ema.averaged_weights(accelerator, model, ema):
             figures = figures or reconstructions.run(model, first_step)  # of a run that had no step left
             statistics = crystal_training.measure_latents(model, data.train)
             crystal_training.save_vae(model, statistics, figures, output_dir / "vae")

@@ -23,7 +23,7 @@ from utils.expression import args as expression_args
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--latents_dir", default=None, help="Latent cache of cells.")
-    condition_args.add_vector_model_args(parser)
+    expression_args.add_vector_model_args(parser)
     condition_args.add_column_condition_args(parser, "class:COLUMN (anything), property:COLUMN (a number)")
     expression_args.add_joint_args(parser)
     shared.add_run_args(parser)
@@ -46,18 +46,18 @@ def main(args: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
 
+    from utils.diffusion.denoiser import draw_drops
     from utils.draws import SampleDraws
-    from utils.expression import export as expression_export
+    from utils.expression import pipeline as expression_pipeline
     from utils.expression import setup as expression_runs
-    from utils.expression.joint import encode_jointly
+    from utils.expression.cache import encode_jointly
     from utils.expression.vae.training import measure_latents
     from utils.expression.validation import CellSamples
-    from utils.image import networks as build
-    from utils.image import setup as training_data
     from utils.latents.cache import LatentStream
-    from utils.runs import column_runs
+    from utils.training import ema as training_ema
     from utils.training import evaluator as evaluation
     from utils.training import optimizers as optimization
+    from utils.training import setup
     from utils.training import setup as run
     from utils.training.checkpoints import Checkpoints
     from utils.training.ema import EMA
@@ -69,12 +69,12 @@ def main(args: argparse.Namespace) -> None:
     accelerator = run.make_accelerator(args, output_dir)
     run.check_output_dir(output_dir, args.resume_from_checkpoint, accelerator)
     cache = expression_runs.open_vector_cache(args)
-    objective, scheduler = build.build_objective(args, accelerator.device)
+    objective, scheduler = setup.build_objective(args, accelerator.device)
     denoiser = expression_runs.build_vector_denoiser(args, cache)
-    pipeline = expression_export.make_pipeline(denoiser, cache, scheduler)
+    pipeline = expression_pipeline.make_pipeline(denoiser, cache, scheduler)
     if args.joint_vae:
         denoiser = expression_runs.join(args, denoiser, pipeline.vae, cache)
-    held_out = training_data.open_held_out(args, cache)
+    held_out = setup.open_held_out(args, cache)
     num_rows = cache.spec.num_rows - (args.num_validation_samples or 0)  # that are trained on
     samples = CellSamples(
         accelerator,
@@ -87,12 +87,12 @@ def main(args: argparse.Namespace) -> None:
     )
 
     def write_model(folder: Path, weights, num_steps: int) -> None:
-        card = expression_export.model_card(
+        card = expression_pipeline.model_card(
             cache.spec, num_rows, args.condition or [], num_steps, args.use_ema, args.pretrained_model_name_or_path
         )
         if args.joint_vae:
             measure_latents(pipeline.vae, cache.cells, cache.batch_index)
-        expression_export.export_run(folder, weights, pipeline, cache.spec, card)
+        expression_pipeline.export_run(folder, weights, pipeline, cache.spec, card)
 
     # Prepare
     optimizer = optimization.make_optimizer(
@@ -127,7 +127,7 @@ def main(args: argparse.Namespace) -> None:
         )
     run.save_args(args, output_dir, accelerator)  # nothing was written until all was found to fit
     if accelerator.is_main_process and not (args.joint_vae and first_step):  # whose autoencoder is not frozen
-        expression_export.save_frozen_parts(output_dir, pipeline, cache.spec)
+        expression_pipeline.save_frozen_parts(output_dir, pipeline, cache.spec)
     if args.torch_compile:
         denoiser = torch.compile(denoiser)
     stream = LatentStream(cache, args.seed, None if held_out is None else held_out.training_rows)
@@ -165,7 +165,7 @@ def main(args: argparse.Namespace) -> None:
                 noise = objective.sample_noise(latents, draws)  # (B, D)
                 timesteps = objective.sample_timesteps(draws.uniform("timestep"))  # (B,)
                 noisy_latents = objective.add_noise(latents, objective.perturb(noise, draws), timesteps)
-                drop = column_runs.draw_drops(draws, args.cond_drop_prob, list(cache.conditions))  # (B,) or (B, K)
+                drop = draw_drops(draws, args.cond_drop_prob, list(cache.conditions))  # (B,) or (B, K)
                 model_pred = denoiser(noisy_latents, timesteps, batch, drop)
                 target = objective.target(latents, noise, timesteps)
                 loss, terms = objective.loss(model_pred, target, timesteps), {}
@@ -187,7 +187,7 @@ def main(args: argparse.Namespace) -> None:
         done = global_step + 1
         step_log.step_done(moved, args.gradient_accumulation_steps)
         if evaluator is not None and (done % args.eval_steps == 0 or control.is_finished):
-            with run.averaged_weights(accelerator, model, ema) as averaged:
+            with training_ema.averaged_weights(accelerator, model, ema) as averaged:
                 evaluator.evaluate(averaged, done)
             control.end_early(evaluator.reason_to_end)
         if done % args.logging_steps == 0 or control.is_last:
@@ -197,14 +197,14 @@ def main(args: argparse.Namespace) -> None:
         if done % args.checkpointing_steps == 0 or control.is_last:
             saver.save(done)
         if done % args.validation_steps == 0 or control.is_finished:
-            with run.averaged_weights(accelerator, model, ema) as averaged:
+            with training_ema.averaged_weights(accelerator, model, ema) as averaged:
                 samples.save(averaged, done)
     progress.close()
     control.say_how_it_ended()
 
     # Export
     accelerator.wait_for_everyone()
-    with run.averaged_weights(accelerator, model, ema) as averaged:
+    with training_ema.averaged_weights(accelerator, model, ema) as averaged:
         if accelerator.is_main_process and not control.interrupted:
             write_model(output_dir, averaged, control.steps_done)
     accelerator.end_training()

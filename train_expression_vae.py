@@ -45,7 +45,8 @@ def main(args: argparse.Namespace) -> None:
     from utils.expression.setup import open_cell_data
     from utils.expression.vae import training as expression_training
     from utils.expression.vae.network import ExpressionVAE
-    from utils.image.vae.losses import kl_weight_at
+    from utils.latents.posterior import kl_weight_at
+    from utils.training import ema as training_ema
     from utils.training import optimizers as optimization
     from utils.training import setup as run
     from utils.training.checkpoints import Checkpoints
@@ -147,7 +148,7 @@ def main(args: argparse.Namespace) -> None:
         if done % args.logging_steps == 0 or control.is_last:
             progress.set_postfix(step_log.flush(learning_rate, done))
         if accelerator.is_main_process and (done % args.validation_steps == 0 or control.is_finished):
-            with run.averaged_weights(accelerator, model, ema):
+            with training_ema.averaged_weights(accelerator, model, ema):
                 figures = held_out.measure(model, done)
                 if done > args.kl_warmup_steps:  # before, another bound was trained on
                     best.offer(model, figures, done)
@@ -159,7 +160,7 @@ def main(args: argparse.Namespace) -> None:
     # Export
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not control.interrupted:
-        with run.averaged_weights(accelerator, model, ema):
+        with training_ema.averaged_weights(accelerator, model, ema):
             figures = best.restore(model) or held_out.measure(model, control.steps_done)
             statistics = expression_training.measure_latents(model, data.train, batch_numbers[0])
             expression_training.save_vae(model, statistics, figures, output_dir / SPLIT_FILE, output_dir / "vae")

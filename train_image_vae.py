@@ -51,9 +51,10 @@ def main(args: argparse.Namespace) -> None:
     from utils.image.data.stream import to_pixels
     from utils.image.vae import training as vae_training
     from utils.image.vae.discriminator import ADAM_BETAS, Adversary, build_discriminator
-    from utils.image.vae.losses import FitLoss, discriminator_losses, generator_loss, kl_weight_at
+    from utils.image.vae.losses import FitLoss, discriminator_losses, generator_loss, load_lpips
     from utils.image.vae.network import TrainableVAE, build_vae
-    from utils.image.vae.perceptual import load_lpips
+    from utils.latents.posterior import kl_weight_at
+    from utils.training import ema as training_ema
     from utils.training import optimizers as optimization
     from utils.training import setup as run
     from utils.training.checkpoints import Checkpoints
@@ -180,7 +181,7 @@ def main(args: argparse.Namespace) -> None:
         if done % args.checkpointing_steps == 0 or control.is_last:
             saver.save(done)
         if done % args.validation_steps == 0 or control.is_finished:
-            with run.averaged_weights(accelerator, model, ema):
+            with training_ema.averaged_weights(accelerator, model, ema):
                 validation.run(model, done)
     progress.close()
     control.say_how_it_ended()
@@ -188,7 +189,7 @@ def main(args: argparse.Namespace) -> None:
     # Export
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not control.interrupted:
-        with run.averaged_weights(accelerator, model, ema):
+        with training_ema.averaged_weights(accelerator, model, ema):
             statistics = vae_training.measure_latents(
                 model.vae, data.train, args.num_statistics_samples, args.train_batch_size, accelerator.device
             )

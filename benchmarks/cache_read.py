@@ -28,7 +28,8 @@ from random_data import write_random_cache
 from torch.utils.data import DataLoader
 
 from utils.draws import PositionBatches, identity
-from utils.latents.cache import SPEC_FILE, LatentCache, LatentStream
+from utils.latents.cache import LatentCache, LatentStream
+from utils.latents.spec import SPEC_FILE
 from utils.plan.arithmetic import readable
 
 LATENT = (4, 32, 32)

@@ -13,11 +13,11 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils import frozen
 from utils.files import write_json
 from utils.image import codec as codecs
-from utils.image.clip_vocabulary import build_clip_tokenizer
-from utils.image.text import load_text_encoder
-from utils.latents.cache import SPEC_FILE, LatentSpec
+from utils.image.text import build_clip_tokenizer, load_text_encoder
+from utils.latents.spec import SPEC_FILE, LatentSpec
 from utils.latents.writer import ShardFolder, caption_features, caption_id, latent_features
 
 STATES = (77, 768)  # of a caption in CLIP-L
@@ -114,9 +114,9 @@ def write_random_cache(
         "random_flip": False,
     }
     if vae is not None:
-        fingerprint["vae"] = codecs.describe(codecs.load_vae(str(vae)), str(vae))
+        fingerprint["vae"] = frozen.describe(codecs.load_vae(str(vae)), str(vae))
     if text_encoder is not None:
-        fingerprint["text_encoder"] = codecs.describe(load_text_encoder(str(text_encoder))[1], str(text_encoder))
+        fingerprint["text_encoder"] = frozen.describe(load_text_encoder(str(text_encoder))[1], str(text_encoder))
     spec = LatentSpec(
         kind="image",
         shape=latent_shape,

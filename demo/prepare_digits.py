@@ -82,7 +82,7 @@ def write_text_tower(output_dir: Path, seed: int) -> None:
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from utils.image.clip_vocabulary import build_clip_tokenizer
+    from utils.image.text import build_clip_tokenizer
 
     tokenizer = build_clip_tokenizer()
     config = CLIPTextConfig(

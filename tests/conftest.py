@@ -1,46 +1,15 @@
 """What tests share: tiny models in the real formats, tiny data sets, and scripts run as a user runs them."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(os.environ.get("LDM_TEST_DATA", ROOT.parent / "shared" / "data"))
-COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 210)}
-
-
-def run_script(
-    script: str, *flags: str | Path | int | float, processes: int = 1, timeout: float = 300, check: bool = True
-):
-    """Runs a top-level script in a process of its own, from the repository, with one thread (so that runs can be compared
-    bit for bit); with `processes` 2, under torch's launcher as gloo on the CPU."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    env = os.environ | {
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [*launcher, str(ROOT / script), *map(str, flags)]
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
-    if check and result.returncode:
-        raise AssertionError(f"{' '.join(command)}\nexit code {result.returncode}\n{result.stdout}\n{result.stderr}")
-    return result
-
-
-def refused(result) -> str:
-    """The one line that a script which refuses its input prints; fails unless it exits with 2 and prints no traceback."""
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr, result.stderr
-    return result.stderr.strip().splitlines()[-1]
+from tests.support.data import COLOURS
+from tests.support.models import DIT_CONFIG, GRID_FLAGS, TRAIN_FLAGS, UNET_CONFIG, cache_flags
+from tests.support.processes import run_script
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +40,7 @@ def tiny_text_encoder(tmp_path_factory) -> Path:
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from utils.image.clip_vocabulary import build_clip_tokenizer
+    from utils.image.text import build_clip_tokenizer
 
     torch.manual_seed(0)
     tokenizer = build_clip_tokenizer()
@@ -98,7 +67,7 @@ def tiny_clip(tmp_path_factory) -> Path:
     import torch
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-    from utils.image.clip_vocabulary import build_clip_tokenizer
+    from utils.image.text import build_clip_tokenizer
 
     torch.manual_seed(0)
     tokenizer = build_clip_tokenizer()
@@ -144,20 +113,6 @@ def cache(tmp_path_factory, image_folder, tiny_vae, tiny_text_encoder) -> Path:
     return folder
 
 
-def cache_flags(images: Path, vae: Path, text_encoder: Path) -> list[str | Path | int]:
-    """Flags of a cache of `image_folder` with everything in it."""
-    return [
-        *("--train_data_dir", images, "--caption_column", "text", "--label_column", "label"),
-        *("--resolution", 16, "--random_flip", "--rows_per_shard", 10, "--encode_batch_size", 4),
-        *("--pretrained_vae_model_name_or_path", vae, "--pretrained_text_encoder_name_or_path", text_encoder),
-    ]
-
-
-# A DiT and a U-Net small enough to train for a few steps in a second.
-DIT_CONFIG = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
-UNET_CONFIG = {"block_out_channels": [8, 16], "norm_num_groups": 4, "attention_head_dim": 2}
-
-
 @pytest.fixture(scope="session")
 def model_flags(tmp_path_factory) -> dict[str, list[str]]:
     """Flags of a tiny model of each kind: `model_flags["dit"]`, `model_flags["unet"]`."""
@@ -168,15 +123,6 @@ def model_flags(tmp_path_factory) -> dict[str, list[str]]:
         "dit": ["--model", "dit", "--model_size", "S/2", "--model_config", str(folder / "dit.json")],
         "unet": ["--model", "unet", "--model_size", "tiny", "--model_config", str(folder / "unet.json")],
     }
-
-
-# fmt: off
-TRAIN_FLAGS = [
-    "--max_train_steps", 8, "--train_batch_size", 4, "--lr_warmup_steps", 2, "--learning_rate", 1e-3,
-    "--checkpointing_steps", 4, "--logging_steps", 2,
-]
-GRID_FLAGS = ["--num_validation_images", 2, "--validation_inference_steps", 2]
-# fmt: on
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
-from conftest import cache_flags, refused
-from helpers import run, snapshot
+
+from tests.support.models import cache_flags
+from tests.support.processes import refused, run, snapshot
 
 PRECOMPUTE, TEXT, CLASS, SAMPLE = (
     "precompute_latents.py",

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, UNET_CONFIG, refused
 from diffusers import UNet2DConditionModel, UNet2DModel
-from helpers import run, scalars
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.support.models import UNET_CONFIG
+from tests.support.processes import ROOT, refused, run, scalars
 from utils.diffusion.conditions import ClassCondition
 from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.errors import UserError

@@ -8,14 +8,15 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import cache_flags, refused
-from helpers import SignalAt, run, scalars
 from safetensors.torch import load_file
 
+from tests.support.models import cache_flags
+from tests.support.processes import SignalAt, refused, run, scalars
 from utils.draws import PositionBatches
 from utils.errors import UserError
-from utils.latents.cache import LatentCache, LatentSpec, LatentStream
+from utils.latents.cache import LatentCache, LatentStream
 from utils.latents.parts import pool, readers_of, unevenness
+from utils.latents.spec import LatentSpec
 
 SCRIPT = "train_text_to_image_ldm.py"
 

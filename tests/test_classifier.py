@@ -4,9 +4,9 @@ import sys
 
 import pytest
 import torch
-from conftest import DATA, ROOT
-from helpers import run
 
+from tests.support.data import DATA
+from tests.support.processes import ROOT, run
 from utils.image.evaluation.classifier import ImageClassifier
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

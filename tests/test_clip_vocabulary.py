@@ -3,7 +3,7 @@
 import pytest
 from transformers import CLIPTokenizer
 
-from utils.image.clip_vocabulary import build_clip_tokenizer, byte_characters, read_merges
+from utils.image.text import build_clip_tokenizer, byte_characters, read_merges
 
 CAPTIONS = [
     "a handwritten seven",

@@ -7,9 +7,10 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
 
+from utils import frozen
 from utils.errors import UserError
 from utils.image import codec as codecs
-from utils.image.codec import Normalisation
+from utils.latents.spec import Normalisation
 
 # What no plain scaling can say.
 PER_CHANNEL = Normalisation((0.3, -1.2, 2.0, 0.0), (0.5, 1.7, 4.0, 0.25))
@@ -239,11 +240,11 @@ def test_export_keeps_plain_scaling(tmp_path, scaling, shift, is_kept):
     original = tiny_kl(scaling_factor=scaling, shift_factor=shift)
     original.save_pretrained(tmp_path)
     normalisation = Normalisation.of_vae(original.config, 4)
-    fingerprint = {"vae": {"sha256": codecs.weights_hash(original)}}
+    fingerprint = {"vae": {"sha256": frozen.weights_hash(original)}}
     spec = SimpleNamespace(vae=str(tmp_path), text_encoder=None, shape=(4, 8, 8), fingerprint=fingerprint)
     exported = export.load_frozen_parts(spec, normalisation, training_scheduler("epsilon")).vae
     assert (exported.config.scaling_factor == scaling) == is_kept
-    assert (codecs.weights_hash(exported) == codecs.weights_hash(original)) == is_kept
+    assert (frozen.weights_hash(exported) == frozen.weights_hash(original)) == is_kept
     raw, _ = codecs.encode(original, images())
     latents = normalisation.normalise(raw) / exported.config.scaling_factor  # as StableDiffusionPipeline does
     torch.testing.assert_close(codecs.decode(exported, latents), codecs.decode(original, raw), rtol=1e-5, atol=1e-5)
@@ -255,19 +256,19 @@ def test_export_keeps_plain_scaling(tmp_path, scaling, shift, is_kept):
 def test_hash_knows_every_weight(tmp_path):
     """One flipped bit, another name, shape or dtype changes the hash; saving and loading, or training state, does not."""
     vae = tiny_kl()
-    digest = codecs.weights_hash(vae)
+    digest = frozen.weights_hash(vae)
     vae.save_pretrained(tmp_path)
-    assert codecs.weights_hash(AutoencoderKL.from_pretrained(tmp_path)) == digest
-    assert codecs.weights_hash(codecs.load_vae(str(tmp_path))) == digest
-    assert codecs.weights_hash(vae.train().requires_grad_(False)) == digest
+    assert frozen.weights_hash(AutoencoderKL.from_pretrained(tmp_path)) == digest
+    assert frozen.weights_hash(codecs.load_vae(str(tmp_path))) == digest
+    assert frozen.weights_hash(vae.train().requires_grad_(False)) == digest
     with torch.no_grad():
         for parameter in list(vae.parameters())[::7]:
             kept = parameter.flatten()[-1].clone()
             parameter.flatten()[-1] = torch.nextafter(kept, torch.tensor(torch.inf))
-            assert codecs.weights_hash(vae) != digest
+            assert frozen.weights_hash(vae) != digest
             parameter.flatten()[-1] = kept
-    assert codecs.weights_hash(vae) == digest
-    assert codecs.weights_hash(vae.half()) != digest
+    assert frozen.weights_hash(vae) == digest
+    assert frozen.weights_hash(vae.half()) != digest
 
 
 def test_hash_knows_names_and_shapes():
@@ -279,10 +280,10 @@ def test_hash_knows_names_and_shapes():
         lambda: torch.nn.ParameterDict({"a": torch.zeros(2, 2)}),
         lambda: torch.nn.BatchNorm1d(2),
     ):
-        hashes.add(codecs.weights_hash(make()))
+        hashes.add(frozen.weights_hash(make()))
     model = torch.nn.BatchNorm1d(2)
     model.running_mean += 1
-    hashes.add(codecs.weights_hash(model))
+    hashes.add(frozen.weights_hash(model))
     assert len(hashes) == 5
 
 
@@ -291,10 +292,10 @@ def test_hash_of_bf16_and_scalars():
     model = torch.nn.ParameterDict(
         {"a": torch.ones((), dtype=torch.bfloat16), "b": torch.ones(3, dtype=torch.bfloat16)}
     )
-    first = codecs.weights_hash(model)
+    first = frozen.weights_hash(model)
     with torch.no_grad():
         model["a"].fill_(2)
-    assert codecs.weights_hash(model) != first
+    assert frozen.weights_hash(model) != first
 
 
 # Loading

@@ -6,11 +6,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import TRAIN_FLAGS, run_script
-from helpers import scalars
 from torch import nn
 from torch._dynamo.utils import counters
 
+from tests.support.models import TRAIN_FLAGS
+from tests.support.processes import run_script, scalars
 from utils.diffusion.conditions import ClassCondition, TextCondition
 from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.models.dit import DiT

@@ -6,24 +6,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import DATA
 from PIL import Image
 
+from tests.support.data import DATA
 from utils.crystal.data.table import load_crystals
-from utils.crystal.files import (
+from utils.crystal.files import any_formula, read_samples, save_crystals, write_cif
+from utils.crystal.pictures import (
     COLOURS,
     RADII,
-    any_formula,
     ball,
     cell_edges,
     crystal_grid,
     draw_crystal,
     draw_label,
-    read_samples,
-    save_crystals,
     view_axes,
     with_repeats,
-    write_cif,
 )
 from utils.crystal.structure import Crystal, cell_parameters, formula_of, niggli_reduced, to_structure
 from utils.errors import UserError

@@ -10,25 +10,29 @@ import numpy as np
 import pytest
 import torch
 from diffusers.configuration_utils import register_to_config
-from helpers import with_random_weights
 from torch import Tensor, nn
 
+from tests.support.processes import with_random_weights
 from utils.crystal.codec import assigned, crystals_of
-from utils.crystal.data.stream import crystal_batch, translated
-from utils.crystal.data.table import make_table
+from utils.crystal.data.table import crystal_batch, make_table, translated
 from utils.crystal.pipeline import CrystalPipeline
 from utils.crystal.structure import MAX_ATOMIC_NUMBER, Crystal, cell_matrix, cell_parameters
-from utils.crystal.vae.losses import CrystalPrediction, frac_vectors, reconstruction_losses, scaled_lengths
-from utils.crystal.vae.network import CRYSTAL_VAE_SIZES, CrystalVAE
-from utils.diffusion import column_sampling
+from utils.crystal.vae.network import (
+    CRYSTAL_VAE_SIZES,
+    CrystalPrediction,
+    CrystalVAE,
+    frac_vectors,
+    reconstruction_losses,
+    scaled_lengths,
+)
+from utils.diffusion import sampling
 from utils.diffusion.conditions import COLUMN_CONDITIONS, ColumnCondition, ConditionSum, NoCondition
-from utils.diffusion.denoiser import ConditionalDenoiser
+from utils.diffusion.denoiser import ConditionalDenoiser, draw_drops
 from utils.diffusion.objectives import OBJECTIVES, training_scheduler
 from utils.diffusion.sampling import sampling_scheduler
 from utils.draws import SampleDraws
-from utils.image.codec import Normalisation
+from utils.latents.spec import Normalisation
 from utils.models.dit import STYLES, DiT
-from utils.runs.column_runs import draw_drops
 
 MAX_ATOMS, CHANNELS, WIDTH = 20, 4, 32
 SIZES = (5, 20, 1, 8)  # atoms of the crystals below
@@ -201,14 +205,14 @@ def test_a_sample_is_its_own(vae, monkeypatch, kind, columns):
         torch.testing.assert_close(latents[0], together[row], rtol=1e-4, atol=1e-4)
         same_crystals(alone, expected[row : row + 1])
 
-    draw = column_sampling.randn_tensor
+    draw = sampling.randn_tensor
     noise[MAX_ATOMS] = draw(
         (1, MAX_ATOMS, CHANNELS), generator=[torch.Generator().manual_seed(100)], device=torch.device("cpu")
     )
     poisoned = noise[MAX_ATOMS].clone()
     poisoned[:, SIZES[0] :] = 1e3
     for its_noise in (poisoned, noise[MAX_ATOMS][:, : SIZES[0] + 2]):
-        monkeypatch.setattr(column_sampling, "randn_tensor", lambda *_, noise=its_noise, **__: noise.clone())
+        monkeypatch.setattr(sampling, "randn_tensor", lambda *_, noise=its_noise, **__: noise.clone())
         room = its_noise.shape[1]
         latents, found = sample([0], pipeline_of(vae, kind, room, columns))
         torch.testing.assert_close(latents[0, : SIZES[0]], together[0, : SIZES[0]], rtol=1e-4, atol=1e-4)

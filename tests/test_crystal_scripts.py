@@ -20,20 +20,31 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import DIT_CONFIG, ROOT, refused
-from helpers import SignalAt, checkpoint_tensors, contents, differing, run, scalars, snapshot, start
 from safetensors.torch import load_file, save_file
 
+from tests.support.models import DIT_CONFIG
+from tests.support.processes import (
+    ROOT,
+    SignalAt,
+    checkpoint_tensors,
+    contents,
+    differing,
+    refused,
+    run,
+    scalars,
+    snapshot,
+    start,
+)
 from utils.crystal.cache import SetCache, describe_condition
 from utils.crystal.codec import load_crystal_vae
 from utils.crystal.data.table import load_crystals
-from utils.crystal.export import load_crystal_run
+from utils.crystal.pipeline import load_crystal_run
 from utils.crystal.precompute import build_crystal_cache
 from utils.draws import SampleDraws, StreamOrder, uniform_draws
 from utils.errors import UserError
-from utils.latents.cache import LatentSpec
-from utils.latents.column_precompute import found_or_made
 from utils.latents.columns import category_name, category_numbers
+from utils.latents.spec import LatentSpec
+from utils.latents.writer import found_or_made
 from utils.models.dit import DiT
 from utils.training.lora import is_adapted
 

@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import DATA, ROOT
 
+from tests.support.data import DATA
+from tests.support.processes import ROOT
 from utils.crystal.data import cif as crystal_cif
 from utils.crystal.data.cif import crystal_of_cif, parse_row, parse_rows
 from utils.crystal.data.table import column_array, load_crystals, make_table

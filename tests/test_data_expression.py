@@ -12,9 +12,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import DATA, ROOT
 from scipy.sparse import csc_matrix, csr_matrix, issparse, random_array
 
+from tests.support.data import DATA
+from tests.support.processes import ROOT
 from utils.errors import UserError
 from utils.expression.data import counts as data_counts
 from utils.expression.data import source as data_cells
@@ -29,7 +30,7 @@ h5py = pytest.importorskip("h5py")
 pd = pytest.importorskip("pandas")
 sc = pytest.importorskip("scanpy")
 
-from expression_helpers import DECIMALS, pbmc68k, recovered_counts, write_pbmc68k  # noqa: E402
+from tests.support.pbmc import DECIMALS, pbmc68k, recovered_counts, write_pbmc68k  # noqa: E402
 
 FACS = DATA / "cells" / "pbmc_facs.h5ad"
 needs_real_data = pytest.mark.skipif(not FACS.is_file(), reason="real data is not here")

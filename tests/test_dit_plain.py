@@ -6,11 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import refused
 from diffusers import DiTTransformer2DModel
-from helpers import run
 from torch import nn
 
+from tests.support.processes import refused, run
 from utils.diffusion.conditions import ClassCondition
 from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.errors import UserError

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, refused
-from helpers import run
 from PIL import Image
 
+from tests.support.data import COLOURS
+from tests.support.processes import refused, run
 from utils.image.evaluation.classifier import ImageClassifier
 
 

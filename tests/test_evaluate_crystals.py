@@ -10,14 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import DATA, refused
-from helpers import run
 
 import evaluate as script
+from tests.support.data import DATA
+from tests.support.processes import refused, run
 from utils.crystal.data.table import load_crystals
-from utils.crystal.export import export_run
 from utils.crystal.files import save_crystals
-from utils.crystal.pipeline import CrystalPipeline
+from utils.crystal.pipeline import CrystalPipeline, export_run
 from utils.crystal.structure import Crystal, formula_of, volume
 from utils.errors import UserError
 
@@ -71,7 +70,7 @@ def make_run(folder: Path, columns: dict[str, dict], max_atoms: int = 5) -> Path
     from utils.diffusion.conditions import ConditionSum, NoCondition
     from utils.diffusion.denoiser import ConditionalDenoiser
     from utils.diffusion.sampling import SAMPLERS
-    from utils.image.codec import Normalisation
+    from utils.latents.spec import Normalisation
     from utils.models.dit import DiT
 
     torch.manual_seed(0)

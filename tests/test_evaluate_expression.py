@@ -12,17 +12,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import refused
-from helpers import run
 from scipy.sparse import csr_matrix
 
 import evaluate as script
+from tests.support.processes import refused, run
 from utils.errors import UserError
-from utils.evaluation.figures import Figure
-from utils.expression.evaluation import cells as metrics_cells
+from utils.evaluation.figures import Figure, Group, mean_of, over_seeds
 from utils.expression.evaluation import metrics as metrics_expression
-from utils.expression.evaluation.cells import Cells
-from utils.expression.evaluation.figures import mean_of, over_seeds, type_distribution
+from utils.expression.evaluation import real as real_cells
+from utils.expression.evaluation.figures import type_distribution
 from utils.expression.evaluation.nulls import (
     as_matrix,
     binomial_counts,
@@ -33,16 +31,15 @@ from utils.expression.evaluation.nulls import (
     rows_of_types,
     standardised,
 )
+from utils.expression.evaluation.real import Cells
 from utils.expression.evaluation.samples import BINOMIALS as BINOMIAL
 from utils.expression.evaluation.samples import CEILING, CONTROL, GAUSSIAN, PRIOR, SAMPLES, draw_rows
-from utils.expression.evaluation_pictures import dots_of, marker_columns, marker_plot
-from utils.image.evaluation.figures import Group
+from utils.expression.pictures import dots_of, marker_columns, marker_plot
 
 anndata = pytest.importorskip("anndata")
 pytest.importorskip("scanpy")
 
-from expression_helpers import pbmc68k  # noqa: E402
-
+from tests.support.pbmc import pbmc68k  # noqa: E402
 from utils.expression.data.h5ad import write_h5ad  # noqa: E402
 
 NUM_GENES, CHANNELS, NUM_TEST = 120, 4, 140
@@ -264,9 +261,8 @@ def make_run(world, folder: Path, columns: dict[str, dict]) -> Path:
     from utils.diffusion.denoiser import ConditionalDenoiser
     from utils.diffusion.sampling import SAMPLERS
     from utils.expression.codec import load_expression_vae
-    from utils.expression.export import export_run
-    from utils.expression.pipeline import ExpressionPipeline
-    from utils.image.codec import Normalisation
+    from utils.expression.pipeline import ExpressionPipeline, export_run
+    from utils.latents.spec import Normalisation
     from utils.models.vector_mlp import VectorMLP
 
     torch.manual_seed(0)
@@ -292,7 +288,7 @@ def evaluate(world, monkeypatch, capsys):
     printed; None leaves a flag out, a list gives several values, True and False are with --no- in front or without."""
     monkeypatch.setattr(metrics_expression, "NUM_TREES", 20)
     monkeypatch.setattr(metrics_expression, "NUM_FOLDS", 3)
-    monkeypatch.setattr(metrics_cells, "NUM_COMPONENTS", 10)
+    monkeypatch.setattr(real_cells, "NUM_COMPONENTS", 10)
 
     def call(out: Path, **changes) -> str:
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *words(world, out, **changes)])

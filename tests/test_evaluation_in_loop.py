@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, cache_flags, refused
 from datasets import load_from_disk
-from helpers import Fault, SignalAt, contents, run, scalars
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_run_control import OneProcess, clock  # noqa: F401
-from test_sharding import FSDP
 
+from tests.support.models import cache_flags
+from tests.support.processes import ROOT, Fault, SignalAt, contents, refused, run, scalars
+from tests.test_run_control import OneProcess, clock  # noqa: F401
+from tests.test_sharding import FSDP
 from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.diffusion.objectives import OBJECTIVES, training_scheduler
 from utils.draws import SampleDraws
@@ -27,11 +27,12 @@ from utils.errors import UserError
 from utils.image.evaluation.classifier import ImageClassifier
 from utils.image.evaluation.features import load_features
 from utils.image.pipeline import load_run
-from utils.image.sampler import newest_run
 from utils.image.validation import fid, held_out_requests, kid
-from utils.latents.cache import LatentCache, LatentSpec, LatentStream
+from utils.latents.cache import LatentCache, LatentStream
+from utils.latents.spec import LatentSpec
 from utils.plan import instruments as measuring
 from utils.plan.arithmetic import Overheads, planned_steps
+from utils.runs.load import newest_run
 from utils.training import evaluator as evaluation
 from utils.training.control import RunControl
 from utils.training.evaluator import Evaluator, without_improvement

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import with_random_weights
 from scipy.sparse import csr_matrix
 from scipy.stats import chisquare, nbinom, norm
 from torch import Tensor, nn
 
+from tests.support.processes import with_random_weights
 from utils.diffusion.conditions import ConditionSum, NoCondition
 from utils.diffusion.denoiser import ConditionalDenoiser, JointDenoiser, num_tokens
 from utils.diffusion.objectives import training_scheduler
@@ -33,9 +33,8 @@ from utils.expression.vae.likelihoods import LIKELIHOODS, MAX_THETA, MIN_STD, MI
 from utils.expression.vae.network import ExpressionVAE
 from utils.expression.vae.training import BestWeights, Elbo, HeldOutCells, correlations, initialise, measure_latents
 from utils.expression.validation import latent_distance
-from utils.image.codec import Normalisation
-from utils.image.vae.losses import kl_weight_at
-from utils.latents.posterior import PosteriorSums
+from utils.latents.posterior import PosteriorSums, kl_weight_at
+from utils.latents.spec import Normalisation
 from utils.models.dit import DiT
 from utils.models.vector_mlp import VECTOR_MLP_SIZES, VectorMLP
 from utils.training.checkpoints import Checkpoints

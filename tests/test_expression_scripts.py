@@ -17,25 +17,35 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import DIT_CONFIG, refused
-from helpers import SignalAt, checkpoint_tensors, contents, differing, dropout_seeds, run, scalars, snapshot, start
 from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 
 import sample as sample_script
+from tests.support.models import DIT_CONFIG
+from tests.support.processes import (
+    SignalAt,
+    checkpoint_tensors,
+    contents,
+    differing,
+    dropout_seeds,
+    refused,
+    run,
+    scalars,
+    snapshot,
+    start,
+)
 from utils.diffusion.denoiser import ConditionalDenoiser, JointDenoiser
 from utils.draws import SampleDraws, StreamOrder, keys
 from utils.errors import UserError
-from utils.expression.cache import VectorCache
+from utils.expression.cache import JointCache, VectorCache, encode_jointly
 from utils.expression.codec import load_expression_vae
 from utils.expression.data.genes import choose_genes
 from utils.expression.data.source import open_cells
 from utils.expression.data.table import read_table, stratified_split
-from utils.expression.export import load_columns, load_expression_run
-from utils.expression.joint import JointCache, encode_jointly
-from utils.image.vae.losses import kl_weight_at
-from utils.latents.cache import LatentSpec
+from utils.expression.pipeline import load_columns, load_expression_run
 from utils.latents.columns import category_name
+from utils.latents.posterior import kl_weight_at
+from utils.latents.spec import LatentSpec
 from utils.models.dit import DiT
 from utils.models.vector_mlp import VectorMLP
 from utils.training.lora import is_adapted
@@ -43,8 +53,7 @@ from utils.training.lora import is_adapted
 anndata = pytest.importorskip("anndata")
 sc = pytest.importorskip("scanpy")
 
-from expression_helpers import write_pbmc68k  # noqa: E402
-
+from tests.support.pbmc import write_pbmc68k  # noqa: E402
 from utils.expression.data.h5ad import write_h5ad  # noqa: E402
 
 VAE, CACHE, LDM, SAMPLE = "train_expression_vae.py", "precompute_latents.py", "train_expression_ldm.py", "sample.py"

@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from utils.errors import UserError
-from utils.image.clip_vocabulary import build_clip_tokenizer
 from utils.image.evaluation.classifier import ImageClassifier
 from utils.image.evaluation.features import PixelFeatures, clean_resize, load_features
+from utils.image.text import build_clip_tokenizer
 
 
 def random_images(count: int, height: int, width: int) -> torch.Tensor:

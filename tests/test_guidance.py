@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TRAIN_FLAGS, refused
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
-from helpers import Fault, run, snapshot
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tests.support.models import TRAIN_FLAGS
+from tests.support.processes import Fault, refused, run, snapshot
 from utils.diffusion.conditions import ClassCondition, Conditioning, NoCondition, TextCondition, encode_text
 from utils.diffusion.guidance import check_guidance, extrapolate, guidance_scales, guided_prediction, rescale
 from utils.diffusion.objectives import DDPMObjective, training_scheduler

@@ -11,18 +11,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from diffusers import AutoencoderKL
 from torch import nn
 
+from tests.support.processes import ROOT
 from utils.errors import UserError
 from utils.image import codec as codecs
+from utils.image.vae import losses
 from utils.image.vae import losses as vae_losses
-from utils.image.vae import perceptual
 from utils.image.vae import training as vae_training
 from utils.image.vae.discriminator import Adversary, PatchDiscriminator, build_discriminator
 from utils.image.vae.network import VAE_PRESETS, TrainableVAE, build_vae
 from utils.image.vae.quality import psnr, ssim
+from utils.latents import posterior as latents_posterior
+from utils.latents import spec
 
 
 def images(count=4, side=16, seed=0):
@@ -38,13 +40,13 @@ def test_kl_is_that_of_torch_distributions():
     mean, logvar = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     posterior = torch.distributions.Normal(mean, (0.5 * logvar).exp())
     expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0))
-    torch.testing.assert_close(vae_losses.kl_to_standard_normal(mean, logvar), expected)
+    torch.testing.assert_close(latents_posterior.kl_to_standard_normal(mean, logvar), expected)
 
 
 def test_kl_weight_rises_linearly():
-    weights = [vae_losses.kl_weight_at(step, 0.5, 4) for step in range(7)]
+    weights = [latents_posterior.kl_weight_at(step, 0.5, 4) for step in range(7)]
     assert weights == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.5])
-    assert vae_losses.kl_weight_at(0, 0.5, 0) == 0.5
+    assert latents_posterior.kl_weight_at(0, 0.5, 0) == 0.5
 
 
 def test_gradient_loss_is_the_sum_written_out():
@@ -222,7 +224,7 @@ def test_lpips_on_local_weights_is_the_papers_formula(network, weights):
     """Equation 1 of arXiv 1801.03924, with the package's own linear weights, on torchvision's features."""
     pytest.importorskip("lpips")
     first, second = images(2, 64), images(2, 64, seed=1)
-    distance = perceptual.load_lpips(network, str(weights), torch.device("cpu"))
+    distance = losses.load_lpips(network, str(weights), torch.device("cpu"))
     trunk, _ = random_trunk(network)
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
     hidden = [(each - shift.view(3, 1, 1)) / scale.view(3, 1, 1) for each in (first, second)]
@@ -253,20 +255,20 @@ def test_lpips_says_what_is_missing(weights, tmp_path, monkeypatch):
         (tmp_path / "code.pth", "cannot be read"),
     ]:
         with pytest.raises(UserError, match=message):
-            perceptual.load_lpips("vgg", str(path), cpu)
+            losses.load_lpips("vgg", str(path), cpu)
     (tmp_path / "vgg16-broken.pth").unlink()
     with pytest.raises(UserError, match="holds 0 files vgg16"):
-        perceptual.load_lpips("vgg", str(tmp_path), cpu)
+        losses.load_lpips("vgg", str(tmp_path), cpu)
 
     def no_network(*_, **__):
         raise OSError("no route to host")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
     with pytest.raises(UserError, match=r"cannot be downloaded \(no route.*https://.*--lpips_weights FILE.*gradient"):
-        perceptual.load_lpips("alex", None, cpu)
+        losses.load_lpips("alex", None, cpu)
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(UserError, match=r"pip install lpips; or .*--gradient_weight"):
-        perceptual.load_lpips("vgg", str(weights), cpu)
+        losses.load_lpips("vgg", str(weights), cpu)
 
 
 # ---- figures
@@ -348,7 +350,7 @@ def test_statistics_of_a_known_posterior():
     normalised = (samples - shift) * scaling
     assert normalised.mean().item() == pytest.approx(0, abs=0.01)
     assert normalised.std().item() == pytest.approx(1, abs=0.01)
-    assert found.kl == pytest.approx(vae_losses.kl_to_standard_normal(mean, logvar).mean().item(), rel=1e-5)
+    assert found.kl == pytest.approx(latents_posterior.kl_to_standard_normal(mean, logvar).mean().item(), rel=1e-5)
     assert found.active_channels == 2
     assert found.faults() == []
     assert statistics_of(mean, logvar, parts=1).std == pytest.approx(found.std)
@@ -432,7 +434,7 @@ def test_stock_diffusers_loads_the_measured_vae(tmp_path, caplog):
     saved = json.loads((tmp_path / vae_training.STATISTICS_FILE).read_text())
     assert len(saved["mean"]) == len(saved["std"]) == 4
 
-    normalisation = codecs.Normalisation.of_vae(loaded.config, 4)
+    normalisation = spec.Normalisation.of_vae(loaded.config, 4)
     with torch.no_grad():
         raw = loaded.encode(images(2)).latent_dist.mean
         expected = loaded.decode(raw).sample

@@ -6,9 +6,19 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import refused
-from helpers import NotFinite, SignalAt, checkpoint_tensors, contents, differing, run, scalars, start
 from PIL import Image
+
+from tests.support.processes import (
+    NotFinite,
+    SignalAt,
+    checkpoint_tensors,
+    contents,
+    differing,
+    refused,
+    run,
+    scalars,
+    start,
+)
 
 SCRIPT = "train_image_vae.py"
 LATEST = ["--resume_from_checkpoint", "latest"]

@@ -7,15 +7,17 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, TRAIN_FLAGS, cache_flags, refused
-from helpers import run, scalars
 from PIL import Image
 
+from tests.support.data import COLOURS
+from tests.support.models import TRAIN_FLAGS, cache_flags
+from tests.support.processes import refused, run, scalars
 from utils.diffusion.conditions import encode_text
 from utils.draws import SampleDraws, uniform_draws
 from utils.errors import UserError
 from utils.image import codec as codecs
-from utils.latents.cache import LatentCache, LatentSpec, LatentStream
+from utils.latents.cache import LatentCache, LatentStream
+from utils.latents.spec import LatentSpec
 
 NUM_ROWS, EPOCHS = 48, 16
 CAPTIONS = [[f"a {name} square", name] for name in COLOURS]  # of label 0, 1, 2

@@ -13,7 +13,7 @@ from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.diffusion.learned_variance import VLB_WEIGHT
 from utils.diffusion.objectives import DDPMObjective, training_scheduler
 from utils.diffusion.sampling import image_generators, sampling_scheduler
-from utils.image.codec import Normalisation
+from utils.latents.spec import Normalisation
 from utils.models.dit import DiT
 
 TYPES = ("epsilon", "v_prediction", "sample")

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
-from conftest import TRAIN_FLAGS, refused
-from helpers import SignalAt, contents, run, start
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tests.support.models import TRAIN_FLAGS
+from tests.support.processes import SignalAt, contents, refused, run, start
 from utils.args.checks import check_lora_args
 from utils.diffusion.conditions import ClassCondition, NoCondition, TextCondition
 from utils.diffusion.denoiser import ConditionalDenoiser
@@ -31,7 +31,7 @@ from utils.models.dit import DiT
 from utils.models.unet import build_unet, unet_config
 from utils.training import lora
 from utils.training.ema import EMA
-from utils.training.flops import forward_flops
+from utils.training.flops import forward_flops, training_flops
 from utils.training.held_out import hold_out, validation_losses
 from utils.training.optimizers import make_optimizer
 
@@ -247,7 +247,7 @@ def test_flops_of_adapted_models_are_those_of_the_base():
     denoiser = trained("modern", "text")
     expected = 2 * forward_flops(denoiser, (4, 8, 8), NUM_TOKENS)
     lora.add_lora(denoiser, rank=2)
-    assert lora.training_flops(denoiser, (4, 8, 8), NUM_TOKENS) == expected
+    assert training_flops(denoiser, (4, 8, 8), NUM_TOKENS) == expected
 
 
 # ---- merging and files -----------------------------------------------------------------------------------------------

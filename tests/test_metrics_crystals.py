@@ -6,9 +6,10 @@ import time
 
 import numpy as np
 import pytest
-from conftest import DATA
 
+from tests.support.data import DATA
 from utils.crystal import matching as metrics_structures
+from utils.crystal import workers
 from utils.crystal.data.table import load_crystals
 from utils.crystal.evaluation import metrics as metrics_crystals
 from utils.crystal.matching import is_match, is_structurally_valid, match_pairs, match_rmsd, novel, unique
@@ -227,7 +228,7 @@ def planted(a, b):
 def planted(tmp_path, monkeypatch):
     (tmp_path / "planted_matcher.py").write_text(PLANTED)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(metrics_structures, "GRACE_S", 1.0)
+    monkeypatch.setattr(workers, "GRACE_S", 1.0)
     import planted_matcher
 
     return planted_matcher.planted

@@ -8,14 +8,14 @@ from functools import cache, partial
 import numpy as np
 import pytest
 import torch
-from conftest import DATA
 
+from tests.support.data import DATA
 from utils.errors import UserError
 from utils.evaluation.figures import Figure
 from utils.expression.evaluation import markers as metrics_markers
 from utils.expression.evaluation import metrics as metrics_expression
-from utils.expression.evaluation.cells import Cells, equal_numbers, per_type, pooled_space, principal_components
-from utils.expression.evaluation.markers import Classifier, marker_figures, train_on_synthetic_test_on_real
+from utils.expression.evaluation.judge import Classifier, train_on_synthetic_test_on_real
+from utils.expression.evaluation.markers import marker_figures
 from utils.expression.evaluation.metrics import (
     distance_figures,
     gene_figures,
@@ -24,6 +24,7 @@ from utils.expression.evaluation.metrics import (
     random_forest_figures,
     total_least_squares_slope,
 )
+from utils.expression.evaluation.real import Cells, equal_numbers, per_type, pooled_space, principal_components
 
 KINDS = ("B", "CD14+", "NK", "T")
 NUM_GENES, MARKERS = 240, 24  # genes, and those of them that each type has six times as much of

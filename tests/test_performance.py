@@ -6,11 +6,11 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, TRAIN_FLAGS, refused, run_script
 from diffusers.models.attention_processor import Attention
-from helpers import run
 from PIL import Image
 
+from tests.support.models import TRAIN_FLAGS
+from tests.support.processes import ROOT, refused, run, run_script
 from utils.diffusion.sampling import speed_up
 from utils.image.pipeline import load_run
 from utils.latents.cache import LatentCache

@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import TRAIN_FLAGS, refused
-from helpers import run
 from PIL import Image
 
+from tests.support.models import TRAIN_FLAGS
+from tests.support.processes import refused, run
 from utils.image import codec as codecs
 from utils.image.data.pixels import BACKGROUNDS, Framing
 from utils.image.pixel_codec import PixelCodec

@@ -3,16 +3,22 @@
 import numpy as np
 import pytest
 import torch
-from conftest import refused
-from helpers import run
 from safetensors.torch import load_file
 from scipy.integrate import quad
 from scipy.optimize import brentq
 from torch import nn
 
+from tests.support.processes import refused, run
 from utils.errors import UserError
-from utils.training.ema import EMA, reconstruct, stored_snapshots
-from utils.training.power_ema import gamma_of, inner_products, power_decay, reconstruction_weights
+from utils.training.ema import (
+    EMA,
+    gamma_of,
+    inner_products,
+    power_decay,
+    reconstruct,
+    reconstruction_weights,
+    stored_snapshots,
+)
 
 
 def profile(step: int, sigma_rel: float) -> np.ndarray:

@@ -13,13 +13,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import DATA, refused, run_script
-from helpers import ROOT, SignalAt, contents, run, snapshot, start
 from PIL import Image
 
+from tests.support.data import DATA
+from tests.support.processes import ROOT, SignalAt, contents, refused, run, run_script, snapshot, start
 from utils.image.encoding import decode_ahead
-from utils.image.precompute import finished_cache
-from utils.latents.cache import LatentCache, LatentSpec
+from utils.latents.cache import LatentCache
+from utils.latents.spec import LatentSpec
+from utils.latents.writer import finished_cache
 
 PRECOMPUTE = "precompute_latents.py"
 NUM_IMAGES, BAD = 200, {3: b"", 77: b"not an image", 130: None}  # None: cut short

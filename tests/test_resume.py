@@ -10,12 +10,23 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, cache_flags, refused, run_script
-from helpers import ENVIRONMENT, SignalAt, contents, run, scalars, snapshot, start
 from safetensors.torch import load_file
 
+from tests.support.models import cache_flags
+from tests.support.processes import (
+    ENVIRONMENT,
+    ROOT,
+    SignalAt,
+    contents,
+    refused,
+    run,
+    run_script,
+    scalars,
+    snapshot,
+    start,
+)
 from utils import files
-from utils.image.pipeline import find_run
+from utils.runs.load import find_run
 from utils.training.checkpoints import prune
 from utils.training.ema import SNAPSHOTS
 from utils.training.optimizers import learning_rate_at

@@ -10,10 +10,9 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, refused
-from helpers import ENVIRONMENT, NotFinite, run, scalars
 from safetensors.torch import load_file
 
+from tests.support.processes import ENVIRONMENT, ROOT, NotFinite, refused, run, scalars
 from utils.errors import UserError
 from utils.training import control as run_control
 from utils.training.checkpoints import damage

@@ -12,20 +12,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import refused
-from helpers import run
 from PIL import Image
 from scipy.stats import chisquare
 from torch import nn
 
 import sample as script
+from tests.support.processes import refused, run
 from utils.args.columns import parse_conditions
 from utils.args.sampling import SCHEDULERS
 from utils.crystal.cache import CONDITION_KINDS, OF_ATOMS
 from utils.crystal.data.table import load_crystals
-from utils.crystal.export import export_run, load_crystal_run
 from utils.crystal.files import read_samples
-from utils.crystal.pipeline import CrystalPipeline
+from utils.crystal.pipeline import CrystalPipeline, export_run, load_crystal_run
 from utils.crystal.sampler import clamped_counts, condition_values, numbers_of_atoms
 from utils.crystal.structure import Crystal, parse_formula
 from utils.crystal.vae.network import CrystalVAE
@@ -33,7 +31,7 @@ from utils.diffusion.conditions import ConditionSum, NoCondition
 from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.diffusion.sampling import FLOW_SAMPLERS, SAMPLERS
 from utils.errors import UserError
-from utils.image.codec import Normalisation
+from utils.latents.spec import Normalisation
 from utils.models.dit import DiT
 from utils.training import lora
 from utils.training.checkpoints import Checkpoints

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import GRID_FLAGS, TRAIN_FLAGS, run_script
-from helpers import dropout_seeds, run
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.support.models import GRID_FLAGS, TRAIN_FLAGS
+from tests.support.processes import dropout_seeds, run, run_script
 from utils.draws import keys
 
 
@@ -148,7 +148,7 @@ def test_unconditional(cache, model_flags, model, tmp_path):
 
 def test_trainer_makes_the_cache_itself(image_folder, tiny_vae, tiny_text_encoder, model_flags, tmp_path):
     """Dataset flags instead of a cache: the same code makes the same cache first."""
-    from conftest import cache_flags
+    from tests.support.models import cache_flags
 
     flags = [*cache_flags(image_folder, tiny_vae, tiny_text_encoder), *model_flags["dit"], *TRAIN_FLAGS]
     run_script("train_text_to_image_ldm.py", *flags, "--output_dir", tmp_path / "run")
@@ -199,7 +199,7 @@ def test_each_batch_has_dropout_masks_of_its_own(cache, model_flags, tmp_path, s
 
 def test_the_two_trainers_share_their_loop():
     """What one optimizer step does is the same text in both trainers of latents."""
-    from conftest import ROOT
+    from tests.support.processes import ROOT
 
     def step(script: str) -> str:
         source = (ROOT / script).read_text()

@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import ROOT, refused
-from helpers import ENVIRONMENT, SignalAt, contents, run, scalars, start
 from safetensors.torch import load_file
+
+from tests.support.processes import ENVIRONMENT, ROOT, SignalAt, contents, refused, run, scalars, start
 
 SCRIPT = "train_class_cond_ldm.py"
 CONFIG = ROOT / "configs" / "accelerate" / "cpu_fsdp2.yaml"

@@ -137,7 +137,7 @@ def save_as_transformers(model, folder, activation, whole):
     """A folder as on the hub: a text model alone, or with `whole` a CLIPModel whose config has both towers, as LAION's."""
     from safetensors.torch import save_file
 
-    from utils.image.clip_vocabulary import build_clip_tokenizer
+    from utils.image.text import build_clip_tokenizer
 
     folder.mkdir()
     tower = getattr(model, "text", model)

@@ -7,16 +7,15 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import refused
-from helpers import contents, run
 from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils.args import checks as arg_checks
+from tests.support.processes import contents, refused, run
 from utils.diffusion.conditions import ClassCondition
 from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.draws import SampleDraws
 from utils.errors import UserError
+from utils.image.args import model as args_model
 from utils.models.dit import AFTER_ROUTE, BEFORE_ROUTE, DiT
 from utils.training.flops import forward_flops
 
@@ -209,12 +208,12 @@ def test_a_share_of_zero_draws_nothing():
 
 
 def test_routes_that_make_no_sense_are_refused():
-    arg_checks.check_routing_args(Namespace(model="unet", tread_ratio=0.0))
-    arg_checks.check_routing_args(Namespace(model="dit", tread_ratio=0.5))
+    args_model.check_routing_args(Namespace(model="unet", tread_ratio=0.0))
+    args_model.check_routing_args(Namespace(model="dit", tread_ratio=0.5))
     with pytest.raises(UserError, match=r"--tread_ratio with --model unet: .*use --model dit"):
-        arg_checks.check_routing_args(Namespace(model="unet", tread_ratio=0.5))
+        args_model.check_routing_args(Namespace(model="unet", tread_ratio=0.5))
     with pytest.raises(UserError, match="--tread_ratio 1: no token"):
-        arg_checks.check_routing_args(Namespace(model="dit", tread_ratio=1.0))
+        args_model.check_routing_args(Namespace(model="dit", tread_ratio=1.0))
 
 
 @pytest.mark.parametrize(

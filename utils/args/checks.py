@@ -10,12 +10,6 @@ from utils.errors import UserError
 from utils.files import names_in, read_json
 
 
-def check_condition_column(args: Namespace, name: str) -> None:
-    """Refuses a dataset without the column that the model is conditioned on, before it is encoded."""
-    if (args.dataset_name or args.train_data_dir) and getattr(args, name) is None:
-        raise UserError(f"--{name} is required with a dataset: name the column that holds the {name.split('_')[0]}s")
-
-
 def check_new_folder(output_dir: str | None) -> None:
     """Raises UserError for an --output_dir that is taken."""
     if output_dir and Path(output_dir).is_file():
@@ -24,30 +18,15 @@ def check_new_folder(output_dir: str | None) -> None:
         raise UserError(f"--output_dir: {output_dir} is not empty; give a new folder")
 
 
-def check_codec_args(args: Namespace) -> None:
-    """Settles what makes the latents: with --codec pixels nothing does."""
-    if args.codec == "vae":
-        return
-    vae = "pretrained_vae_model_name_or_path"
-    if vae in args.given and getattr(args, vae) != args.codec:  # args.yaml of a run names both
-        raise UserError(f"--codec {args.codec} with --{vae}: images without a VAE need none; leave one out")
-    setattr(args, vae, args.codec)
-    args.given.add(vae)
-
-
 def check_denoiser_args(args: Namespace) -> None:
     """All the checks that the trainers of denoisers share, in the order in which they settle things."""
     check_run_args(args)
     check_lora_args(args)
     check_objective_args(args)
-    if hasattr(args, "tread_ratio"):
-        check_routing_args(args)
     check_optimizer_args(args)
     check_ema_args(args)
     check_power_ema_args(args)
     check_evaluation_args(args)
-    if hasattr(args, "eval_features"):
-        check_sample_metric_args(args)
 
 
 DEFAULT_TRAIN_STEPS = 100_000
@@ -97,17 +76,6 @@ def check_optimizer_args(args: Namespace) -> None:
         )
     args.optimizer = "adamw_8bit"
     args.given.add("optimizer")
-
-
-def check_routing_args(args: Namespace) -> None:
-    """Refuses routes past the blocks of a model that has no tokens, and routes for all of them."""
-    if args.tread_ratio and args.model != "dit":
-        raise UserError(
-            f"--tread_ratio with --model {args.model}: the tokens of a transformer can skip blocks, but convolutions "
-            "need the whole grid; use --model dit or leave it out"
-        )
-    if args.tread_ratio == 1:
-        raise UserError("--tread_ratio 1: no token would be left for the middle blocks; 0.5 is usual")
 
 
 def check_lora_args(args: Namespace) -> None:
@@ -184,22 +152,11 @@ def check_power_ema_args(args: Namespace) -> None:
             raise UserError(f"--ema_sigma_rels: {sigma_rel} is not below {MAX_SIGMA_REL:.4f}; 0.05 0.1 is usual")
 
 
-def check_validation_args(args: Namespace) -> None:
-    """Refuses settings of grids that are not made."""
-    names = ("validation_steps", "validation_guidance_scale", "num_validation_images", "validation_inference_steps")
-    for name in names:
-        if name == "validation_inference_steps" and args.eval_features:
-            continue  # evaluations sample too
-        if name in args.typed and not args.validation_prompts:
-            raise UserError(f"--{name} without --validation_prompts: there is nothing to sample; give some prompts")
-
-
 # Flags that mean nothing without another one, and what to do about it.
 NEEDS_EVAL_STEPS = (
     *("num_validation_samples", "validation_latents_dir", "eval_batch_size", "eval_features", "best_metric"),
     "early_stopping_patience",
 )
-NEEDS_EVAL_FEATURES = ("eval_metric", "num_eval_images", "eval_guidance_scale")
 
 
 def check_evaluation_args(args: Namespace) -> None:
@@ -217,14 +174,3 @@ def check_evaluation_args(args: Namespace) -> None:
     refuse_together(
         args, "num_validation_samples", "validation_latents_dir", "the latents are held out here or there; use one"
     )
-
-
-def check_sample_metric_args(args: Namespace) -> None:
-    """Refuses settings of samples that are not compared with anything."""
-    for name in NEEDS_EVAL_FEATURES:
-        if name in args.given and args.eval_features is None:
-            raise UserError(f"--{name} without --eval_features: nothing is sampled; name the features to compare in")
-    if args.best_metric == "samples" and not args.eval_features:
-        raise UserError("--best_metric samples without --eval_features: there are no samples to go by")
-    if args.num_eval_images == 1:
-        raise UserError("--num_eval_images 1: one image has no distribution; 512 is usual")

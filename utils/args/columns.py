@@ -1,32 +1,9 @@
 """Arguments of runs whose samples are no images: the model, its conditions, starting points. Imports no torch."""
 
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from argparse import ArgumentParser, Namespace
 
 from utils.args.parsing import fraction
 from utils.errors import UserError
-
-
-def add_vector_model_args(parser: ArgumentParser) -> None:
-    """A denoiser of latent vectors."""
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--architecture",
-        choices=["mlp", "dit"],
-        default="mlp",
-        help="Residual MLP blocks with adaLN-zero, or a DiT whose tokens are pieces of the vector.",
-    )
-    group.add_argument(
-        "--model_size", choices=["S", "B", "L", "XL"], default=None, help="MLP: 3.2M to 319M. DiT: of the paper."
-    )
-    group.add_argument(
-        "--model_config",
-        default=None,
-        metavar="FILE",
-        help="JSON or YAML of the model's own arguments, over --model_size.",
-    )
-    group.add_argument(
-        "--gradient_checkpointing", action=BooleanOptionalAction, default=False, help="Less memory, slower."
-    )
 
 
 def add_column_condition_args(parser: ArgumentParser, help_of_condition: str) -> None:

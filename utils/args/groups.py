@@ -7,8 +7,6 @@ from argparse import ArgumentParser, BooleanOptionalAction
 
 from utils.args.parsing import fraction, non_negative_float, non_negative_int, positive_float, positive_int
 
-DEFAULT_EVAL_IMAGES = 512
-
 
 def add_run_args(parser: ArgumentParser) -> None:
     """Where a training writes, how long it runs, and how it goes on."""
@@ -62,39 +60,6 @@ def add_run_args(parser: ArgumentParser) -> None:
     )
     group.add_argument("--report_to", default="tensorboard", help="Tracker: tensorboard, wandb, ..., all or none.")
     group.add_argument("--logging_steps", type=positive_int, default=50, help="Steps between values in the tracker.")
-
-
-def add_model_args(parser: ArgumentParser) -> None:
-    """The denoiser."""
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=["unet", "dit"], default="unet", help="UNet2DConditionModel or DiT.")
-    group.add_argument(
-        "--model_size",
-        default=None,
-        help="U-Net: tiny, cifar10, base (314M), sd-v1, sd-v2, ldm-kl-8. DiT: S/2, B/4, XL/8, ... (size/patch), or "
-        "plain-S/2, ... with the blocks of the DiT paper. Default: base, B/2.",
-    )
-    group.add_argument(
-        "--model_config",
-        default=None,
-        metavar="FILE",
-        help="JSON or YAML of the model's own arguments, over --model_size.",
-    )
-    group.add_argument(
-        "--gradient_checkpointing", action=BooleanOptionalAction, default=False, help="Less memory, slower."
-    )
-    group.add_argument(
-        "--enable_xformers_memory_efficient_attention",
-        action=BooleanOptionalAction,
-        default=False,
-        help="Attention by xformers (CUDA only).",
-    )
-    group.add_argument(
-        "--tread_ratio",
-        type=fraction,
-        default=0.0,
-        help="Share of the tokens that skip the middle blocks of a DiT while it trains; 0.5 is usual, 0 is off.",
-    )
 
 
 def add_lora_args(parser: ArgumentParser) -> None:
@@ -212,21 +177,6 @@ def add_power_ema_args(parser: ArgumentParser) -> None:
     )
 
 
-def add_validation_args(parser: ArgumentParser, what: str) -> None:
-    """Pictures on the way."""
-    group = parser.add_argument_group("validation")
-    group.add_argument(
-        "--validation_steps", type=positive_int, default=1000, help=f"Steps between grids of validation {what}."
-    )
-    group.add_argument(
-        "--validation_guidance_scale", type=non_negative_float, default=4.0, help="Guidance of those grids."
-    )
-    group.add_argument("--num_validation_images", type=positive_int, default=4, help=f"Images for each of the {what}.")
-    group.add_argument(
-        "--validation_inference_steps", type=positive_int, default=25, help="Sampler steps of those grids."
-    )
-
-
 def add_validation_loss_args(parser: ArgumentParser) -> None:
     """The loss on latents that are not trained on, and what hangs on it."""
     group = parser.add_argument_group("evaluation")
@@ -259,35 +209,4 @@ def add_validation_loss_args(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--early_stopping_min_delta", type=non_negative_float, default=0.0, help="A smaller fall counts as none."
-    )
-
-
-def add_evaluation_args(parser: ArgumentParser) -> None:
-    """Figures on the way, on latents that are not trained on."""
-    add_validation_loss_args(parser)
-    group = parser.add_argument_group("evaluation of samples")
-    group.add_argument(
-        "--eval_features",
-        default=None,
-        metavar="SPEC",
-        help="Also sample, and compare with the held-out images in these features: inception, inception:FILE, "
-        "clip:NAME_OR_FOLDER, open_clip:NAME_OR_FILE or classifier:FOLDER.",
-    )
-    group.add_argument(
-        "--eval_metric", choices=["kid", "fid"], default="kid", help="How; kid is unbiased however few samples."
-    )
-    group.add_argument(
-        "--num_eval_images",
-        type=positive_int,
-        default=None,
-        help=f"Samples for it. Default: up to {DEFAULT_EVAL_IMAGES}.",
-    )
-    group.add_argument(
-        "--eval_guidance_scale", type=non_negative_float, default=1.0, help="Guidance of those samples; 1 is off."
-    )
-    group.add_argument(
-        "--best_metric",
-        choices=["loss", "samples"],
-        default="loss",
-        help="What OUTPUT_DIR/best has the lowest of: the validation loss, or the --eval_metric of samples.",
     )

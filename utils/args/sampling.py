@@ -1,27 +1,12 @@
 """Arguments of sampling, for `sample.py` and for whatever else samples a run. Imports no torch."""
 
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from pathlib import Path
+from typing import Any
 
-from utils.args.checks import check_new_folder
 from utils.args.parsing import fraction, non_negative_float, non_negative_int, positive_float, positive_int
 from utils.errors import UserError
 
 SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "unipc", "flow_euler", "flow_heun")
-
-
-def add_request_args(parser: ArgumentParser) -> None:
-    """Which run, and what it is asked for."""
-    group = parser.add_argument_group("request")
-    group.add_argument(
-        "--model", default=None, help="A run's folder or a checkpoint. Default: the newest run below runs/."
-    )
-    group.add_argument("--prompt", action="append", default=None, help="What to draw; may be repeated.")
-    group.add_argument("--prompts_file", default=None, help="Text file with one prompt a line.")
-    group.add_argument(
-        "--negative_prompt", default=None, help="What guidance leads away from, instead of from nothing."
-    )
-    group.add_argument("--class_labels", nargs="+", type=non_negative_int, default=None, help="Default: every class.")
 
 
 def add_sampler_args(parser: ArgumentParser) -> None:
@@ -86,8 +71,33 @@ def add_speed_args(parser: ArgumentParser) -> None:
     )
 
 
-def check_request_args(args: Namespace) -> None:
-    """Refuses a file of prompts that is not there, and a folder that is taken."""
-    if args.prompts_file and not Path(args.prompts_file).is_file():
-        raise UserError(f"--prompts_file: the file {args.prompts_file} does not exist")
-    check_new_folder(args.output_dir)
+# What a sweep can go over: flags of sampling, and how their values are read.
+SWEEPS = {
+    "guidance_scale": non_negative_float,
+    "num_inference_steps": positive_int,
+    "ema_sigma_rel": positive_float,
+}
+
+
+def check_sweep(args: Namespace) -> None:
+    """Refuses a sweep over nothing."""
+    name, *values = args.sweep
+    if name not in SWEEPS:
+        raise UserError(f"--sweep {name}: expected one of {', '.join(SWEEPS)}")
+    if len(values) < 2 or len(set(values)) < len(values):
+        raise UserError(f"--sweep {name}: expected at least two values, each once, found {' '.join(values) or 'none'}")
+    if name in args.given:
+        raise UserError(f"--{name} with --sweep {name}: the sweep sets it; leave one out")
+    sweep_points(args)  # words for numbers are said before anything is loaded
+
+
+def sweep_points(args: Namespace) -> list[dict[str, Any]]:
+    """The flags that each point sets; a single empty one without a sweep. Raises UserError for values of another
+    type."""
+    if not args.sweep:
+        return [{}]
+    name, *texts = args.sweep
+    try:
+        return [{name: SWEEPS[name](text)} for text in texts]
+    except Exception as error:  # argparse's own error is no ValueError
+        raise UserError(f"--sweep {name}: {error}") from error

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from utils.crystal.structure import MAX_ATOMIC_NUMBER, Crystal, cell_matrix, wrapped
-from utils.crystal.vae.losses import CrystalPrediction
-from utils.crystal.vae.network import CrystalVAE
+from utils.crystal.vae.network import CrystalPrediction, CrystalVAE
 from utils.errors import UserError
 from utils.files import read_json
-from utils.image.codec import component_path, load_component
+from utils.frozen import component_path, load_component
 
 VAE_FLAG = "--pretrained_vae_model_name_or_path"
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,18 @@ import torch
 from diffusers import DDPMScheduler, SchedulerMixin
 from torch import Tensor
 
-from utils.crystal.codec import crystals_of
+from utils.crystal.codec import crystals_of, load_crystal_vae
+from utils.crystal.modality import CRYSTAL
 from utils.crystal.structure import Crystal
 from utils.crystal.vae.network import CrystalVAE
-from utils.diffusion.column_sampling import sample_latents
 from utils.diffusion.denoiser import ConditionalDenoiser
-from utils.image.codec import Normalisation
+from utils.diffusion.sampling import sample_latents, sampling_scheduler
+from utils.errors import UserError
+from utils.files import read_json, write_json
+from utils.latents.spec import LatentSpec, Normalisation
+from utils.runs.load import check_guide, check_weights, load_parts
+from utils.runs.save import model_card as card_of
+from utils.runs.save import save_parts, save_weights
 
 
 @dataclass
@@ -126,3 +133,64 @@ class CrystalPipeline:
         """Normalised latents (B, N, D) -> crystals; `counts` as in `crystals_of`."""
         mask = torch.arange(latents.shape[1], device=latents.device) < num_atoms.to(latents.device)[:, None]
         return crystals_of(self.vae.decode(self.normalisation.denormalise(latents), mask), mask, counts)
+
+
+NUM_ITEMS_FILE = "num_items.json"
+
+
+def make_pipeline(
+    denoiser: ConditionalDenoiser, spec: LatentSpec, normalisation: Normalisation, scheduler: Any
+) -> CrystalPipeline:
+    """A pipeline around the live denoiser. Raises UserError if the VAE is no longer the one that made the cache."""
+    vae = load_crystal_vae(spec.vae, "--latents_dir")
+    check_weights(vae, spec.vae, spec.fingerprint["vae"]["sha256"])
+    num_items = {int(count): times for count, times in (spec.num_items or {}).items()}
+    return CrystalPipeline(denoiser, sampling_scheduler(scheduler), vae, normalisation, num_items)
+
+
+def save_frozen_parts(output_dir: Path, pipeline: CrystalPipeline) -> None:
+    """Writes all that a checkpoint needs beside it to be sampled."""
+    save_parts(output_dir, pipeline)
+    write_json(output_dir / NUM_ITEMS_FILE, {str(count): times for count, times in pipeline.num_items.items()})
+
+
+def export_run(output_dir: Path, denoiser: ConditionalDenoiser, pipeline: CrystalPipeline, card: str) -> None:
+    """Writes a run that is finished."""
+    save_frozen_parts(output_dir, pipeline)
+    save_weights(output_dir, denoiser, pipeline, card)
+
+
+def load_crystal_run(
+    path: str | Path, ema_sigma_rel: float | None = None, flag: str = "--model", lora_dir: str | None = None
+) -> CrystalPipeline:
+    """The pipeline of a crystal run or checkpoint."""
+    loaded = load_parts(path, ema_sigma_rel, flag, lora_dir)
+    num_items = read_json(loaded.run_dir / NUM_ITEMS_FILE)
+    return CrystalPipeline(
+        loaded.denoiser,
+        loaded.scheduler,
+        load_crystal_vae(str(loaded.run_dir / "vae")),
+        loaded.normalisation,
+        {int(count): times for count, times in num_items.items()},
+    )
+
+
+def load_crystal_guide(path: str, pipeline: CrystalPipeline) -> ConditionalDenoiser:
+    """The weaker run or checkpoint that guides `pipeline` (autoguidance), on the CPU, where `pipeline` still must be.
+    Raises UserError for one that was trained on something else, and for the run itself.
+    """
+    if Path(path).is_dir() and not CRYSTAL.is_run(Path(path)):
+        raise UserError(f"--guide_model: {path} is no run of crystals; give a weaker run on the same latents")
+    guide = load_crystal_run(path, flag="--guide_model")
+    return check_guide(path, pipeline, guide, {"another number of atoms": pipeline.max_atoms == guide.max_atoms})
+
+
+def model_card(
+    spec: LatentSpec, num_rows: int, conditions: list[str], num_steps: int, use_ema: bool, base: str | None
+) -> str:
+    """The README.md of a run."""
+    name = spec.fingerprint["dataset"]["name"]
+    what = f"{name} ({num_rows} crystals of up to {spec.shape[0]} atoms) for\n{num_steps} steps"
+    example = "python sample.py --model THIS_FOLDER --num_samples 16"
+    title = "A latent diffusion model of crystals"
+    return card_of(title, "crystals", what, conditions, base, spec.vae, use_ema, example)

@@ -13,16 +13,14 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from utils import frozen
 from utils.crystal.codec import load_crystal_vae
-from utils.crystal.data.stream import crystal_batch, translated
-from utils.crystal.data.table import CrystalTable, load_crystals
+from utils.crystal.data.table import CrystalTable, crystal_batch, load_crystals, translated
 from utils.crystal.vae.network import CrystalVAE
 from utils.draws import SampleDraws
 from utils.errors import UserError
-from utils.image import codec as codecs
-from utils.latents.cache import LatentSpec
-from utils.latents.column_precompute import finish_cache, found_or_made
-from utils.latents.writer import ChannelSums, ShardFolder
+from utils.latents.spec import LatentSpec, Normalisation
+from utils.latents.writer import ChannelSums, ShardFolder, finish_cache, found_or_made
 
 logger = logging.getLogger(__name__)
 DTYPE = "float32"  # latents of crystals are small, and half precision would move atoms
@@ -42,7 +40,7 @@ def build_crystal_cache(args: Namespace, accelerator: Accelerator, cache_dir: Pa
     )
     fingerprint = {
         "dataset": {"name": args.dataset_name, "split": args.dataset_split, "sha256": table.identity()},
-        "vae": codecs.describe(vae, args.pretrained_vae_model_name_or_path),
+        "vae": frozen.describe(vae, args.pretrained_vae_model_name_or_path),
         "max_atoms": args.max_atoms,
         "num_translations": args.num_translations,
         "seed": args.seed,
@@ -95,7 +93,7 @@ def write_cache(
             moved = np.concatenate(parts, axis=1)  # (translations, rows, 2, N, D)
             columns |= dict(zip(spec.variants(), moved, strict=True))
             shards.write(index, columns, {})
-    finish_cache(cache_dir, shards, spec, table.skipped, codecs.Normalisation.of_vae(vae.config, channels), sums)
+    finish_cache(cache_dir, shards, spec, table.skipped, Normalisation.of_vae(vae.config, channels), sums)
 
 
 def set_features(spec: LatentSpec) -> datasets.Features:

@@ -15,11 +15,18 @@ from utils.crystal.data.table import CrystalTable, load_crystals
 from utils.diffusion.denoiser import ConditionalDenoiser, own_config
 from utils.errors import UserError
 from utils.files import sha256_json
-from utils.image.codec import weights_hash
-from utils.image.networks import load_base, read_model_config, take_normalisation
-from utils.image.pipeline import find_run, load_settings
+from utils.frozen import weights_hash
 from utils.models.dit import DIT_SIZES, DiT
-from utils.runs.column_runs import assembled, refuse_model_flags, use_conditions_of, warn_of_missing
+from utils.runs.base import (
+    assembled,
+    load_base,
+    read_model_config,
+    refuse_model_flags,
+    take_normalisation,
+    use_conditions_of,
+    warn_of_missing,
+)
+from utils.runs.load import find_run, load_settings
 
 logger = logging.getLogger(__name__)
 HELD_OUT_OF = 10  # one formula in so many, where the source says nothing

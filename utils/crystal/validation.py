@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from utils.crystal.cache import SetCache
-from utils.crystal.files import crystal_grid
 from utils.crystal.matching import is_structurally_valid
+from utils.crystal.pictures import crystal_grid
 from utils.crystal.pipeline import CrystalPipeline
 from utils.crystal.structure import formula_of
 from utils.diffusion.denoiser import ConditionalDenoiser

@@ -1,7 +1,9 @@
 """The model that is trained: a denoiser and the encoder of its condition, as one module."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
@@ -79,3 +81,14 @@ class JointDenoiser(ConditionalDenoiser):
     def forward(self, *inputs, reconstruct: bool = False):
         """As `ConditionalDenoiser`; or, with `reconstruct`, as the autoencoder."""
         return self.vae(*inputs) if reconstruct else super().forward(*inputs)
+
+
+def draw_drops(draws: SampleDraws, prob: float, names: Sequence[str]) -> Tensor:
+    """Which conditions of which samples are hidden, (B, number of conditions): all at once with probability `prob`,
+    and each by itself with the same, so that any part of several can be asked for.
+    """
+    everything = draws.uniform("condition_drop") < prob  # (B,)
+    if len(names) < 2:
+        return everything
+    each = [draws.uniform(f"condition_drop.{name}") < prob for name in names]
+    return torch.stack(each, dim=1) | everything[:, None]

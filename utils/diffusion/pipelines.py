@@ -6,8 +6,7 @@ custom_pipeline=run, trust_remote_code=True)` works where this repository is not
 diffusers only.
 """
 
-import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -17,36 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .conditions import Conditioning, encode_text
-from .guidance import Predict, check_guidance, guidance_scales, guided_prediction
-
-
-def denoise(
-    scheduler,
-    predict: Predict,
-    latents: Tensor,
-    num_inference_steps: int,
-    guidance_scale: float,
-    guidance_interval: Sequence[float],
-    guidance_rescale: float,
-    predict_weaker: Predict | None = None,
-    generator: torch.Generator | list[torch.Generator] | None = None,
-    progress_bar: Callable[[Tensor], Iterable[Tensor]] = iter,
-) -> Tensor:
-    """All steps of a sampler, from noise (B, ...) to latents. `predict` and `predict_weaker` are those of
-    `guided_prediction`. Raises ValueError for an interval of guidance in which no step lies.
-    """
-    scheduler.set_timesteps(num_inference_steps, device=latents.device)
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    extra = {"generator": generator} if takes_generator else {}
-    timesteps = scheduler.timesteps  # (S,)
-    scales = guidance_scales(timesteps, scheduler.config.num_train_timesteps, guidance_scale, guidance_interval)
-    for timestep, scale in zip(progress_bar(timesteps), scales, strict=True):
-        model_input = latents
-        if hasattr(scheduler, "scale_model_input"):
-            model_input = scheduler.scale_model_input(latents, timestep)
-        model_pred = guided_prediction(predict, model_input, timestep, scale, guidance_rescale, predict_weaker)
-        latents = scheduler.step(model_pred, timestep, latents, return_dict=False, **extra)[0]
-    return latents
+from .guidance import check_guidance, denoise
 
 
 class LatentDiffusionPipeline(DiffusionPipeline):

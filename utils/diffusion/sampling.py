@@ -1,8 +1,7 @@
 """Samplers by name, seeds that belong to an image, and pictures that carry their parameters."""
 
-import json
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +14,11 @@ from diffusers import (
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
-from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
 
+from utils.diffusion.denoiser import ConditionalDenoiser
+from utils.diffusion.guidance import check_guidance, denoise, guidance_scales
 from utils.errors import UserError
 
 SAMPLERS: dict[str, type[SchedulerMixin]] = {
@@ -112,27 +113,76 @@ def batches(items: Sequence[Any], batch_size: int) -> Iterator[tuple[int, Sequen
         yield first, items[first : first + batch_size]
 
 
-def save_png(image: Image.Image, path: Path, parameters: dict[str, Any]) -> None:
-    """A PNG with its parameters as JSON in the text chunk "parameters"."""
-    info = PngInfo()
-    info.add_itxt("parameters", json.dumps(parameters, ensure_ascii=False))
-    image.save(path, pnginfo=info)
+@torch.no_grad()
+def sample_latents(
+    denoiser: ConditionalDenoiser,
+    scheduler: SchedulerMixin,
+    shape: tuple[int, ...],
+    values: Mapping[str, Tensor],
+    num_inference_steps: int,
+    guidance_scale: float,
+    guidance_interval: Sequence[float],
+    guidance_rescale: float,
+    guide_model: ConditionalDenoiser | None,
+    generator: list[torch.Generator] | None,
+    progress_bar: Callable[[Tensor], Iterable[Tensor]],
+    always: Mapping[str, Tensor] | None = None,
+    adapt: Callable[[Tensor], Tensor] = lambda model_pred: model_pred,
+) -> Tensor:
+    """Normalised latents of `shape` (B, ...). `values` are those of some of the run's conditions, (B, ...) by name;
+    conditions that are not in it stay open. `always` is what both branches of guidance are told, and `adapt` makes of
+    the denoiser's output what the scheduler takes. Raises ValueError for guidance that would do nothing.
+    """
+    if not values and guide_model is None:
+        guidance_scale = 1.0
+    check_guidance(guidance_scale, guidance_interval, guidance_rescale, guide_model is not None, False)
+    device, count = next(denoiser.parameters()).device, shape[0]
+    given = {name: value.to(device) for name, value in (dict(values) | dict(always or {})).items()}
+    both = {name: torch.cat([value, value]) for name, value in given.items()}
+    drop = torch.arange(2 * count, device=device) >= count  # the second half is the unconditional branch
+
+    def predict(noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        size = len(noisy_latents)
+        return adapt(denoiser(noisy_latents, timesteps, {name: v[:size] for name, v in both.items()}, drop[:size]))
+
+    predict_weaker = None if guide_model is None else partial(guide_model, values=given, drop=drop[:count])
+    latents = randn_tensor(shape, generator=generator, device=device)  # the noise of a sample is its own
+    return denoise(
+        scheduler,
+        predict,
+        latents * getattr(scheduler, "init_noise_sigma", 1.0),
+        num_inference_steps,
+        guidance_scale,
+        guidance_interval,
+        guidance_rescale,
+        predict_weaker,
+        generator,
+        progress_bar,
+    )
 
 
-def labelled_grid(rows: list[list[Image.Image]], labels: list[str], cell: int | None = None) -> Image.Image:
-    """One row of images for each label, the label at the left. Small images are enlarged to at least 64 pixels."""
-    size = rows[0][0].size[0]
-    cell = cell or size * max(1, -(-64 // size))
-    font = ImageFont.load_default(size=14)
-    longest = max((font.getlength(label[:60]) for label in labels), default=0)
-    margin = int(longest) + 12 if longest else 0
-    grid = Image.new("RGB", (margin + max(map(len, rows)) * (cell + 2), len(rows) * (cell + 2)), "white")
-    draw = ImageDraw.Draw(grid)
-    for y, (label, images) in enumerate(zip(labels, rows, strict=True)):
-        draw.text((6, y * (cell + 2) + cell / 2), label[:60], fill="black", font=font, anchor="lm")
-        for x, image in enumerate(images):
-            enlarged = image.resize(
-                (cell, cell), Image.Resampling.NEAREST if size < cell else Image.Resampling.LANCZOS
-            )
-            grid.paste(enlarged, (margin + x * (cell + 2), y * (cell + 2)))
-    return grid
+def checked_guidance(
+    scheduler: SchedulerMixin,
+    guidance_scale: float,
+    guidance_interval: list[float],
+    guidance_rescale: float,
+    num_inference_steps: int,
+    with_guide: bool,
+    with_negative_prompt: bool,
+) -> dict[str, Any]:
+    """The arguments of a pipeline by their names. Raises UserError for guidance that contradicts itself or would do
+    nothing.
+    """
+    scheduler.set_timesteps(num_inference_steps)
+    timesteps, total = scheduler.timesteps, scheduler.config.num_train_timesteps
+    try:
+        check_guidance(guidance_scale, guidance_interval, guidance_rescale, with_guide, with_negative_prompt)
+        guidance_scales(timesteps, total, guidance_scale, guidance_interval)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+    return {
+        "guidance_scale": guidance_scale,
+        "guidance_interval": guidance_interval,
+        "guidance_rescale": guidance_rescale,
+        "num_inference_steps": num_inference_steps,
+    }

@@ -6,13 +6,15 @@ and Wu 1989, "A general theory for jackknife variance estimation"). A bootstrap 
 duplicates narrow a covariance, put zeros into distances of neighbours and ones onto the diagonal of kernels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from utils.errors import UserError
 
 NUM_HALVES = 30
 MIN_FOR_HALVES = 4  # samples with a value, for a figure of them
@@ -113,3 +115,69 @@ def spearman(pairs: np.ndarray) -> float:
     if len(pairs) < 2 or (pairs == pairs[0]).all(axis=0).any():
         return 0.0
     return float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic)
+
+
+LOWER, HIGHER, NEITHER = "lower", "higher", ""
+
+
+@dataclass
+class Group:
+    """Figures of the same features: they may stand in one table, those of others may not."""
+
+    features: str
+    figures: dict[str, Figure]
+    not_measured: dict[str, str]
+
+
+Found = tuple[dict[str, Figure], dict[str, str]]  # figures, and what is not measured with the reason
+
+
+def attempt(names: Sequence[str], function: Callable[[], dict[str, Figure]]) -> Found:
+    """The figures of a function, or why they cannot be had."""
+    try:
+        return function(), {}
+    except UserError as error:
+        return {}, dict.fromkeys(names, str(error))
+
+
+def merged(*parts: Found) -> Found:
+    """All of several."""
+    figures: dict[str, Figure] = {}
+    missing: dict[str, str] = {}
+    for its_figures, its_missing in parts:
+        figures |= its_figures
+        missing |= its_missing
+    return figures, missing
+
+
+# ---- seeds
+
+
+def over_seeds(trials: Sequence[list[Group]]) -> list[Group]:
+    """The mean of each figure over seeds, with the lowest and the highest of them in place of the interval; as they
+    are of a single seed. What cannot be had of each seed is not measured.
+    """
+    if len(trials) == 1:
+        return trials[0]
+    found = []
+    for title in dict.fromkeys(group.features for groups in trials for group in groups):
+        of_title = [group for groups in trials for group in groups if group.features == title]
+        names = dict.fromkeys(name for group in of_title for name in group.figures)
+        lists = {name: [group.figures[name] for group in of_title if name in group.figures] for name in names}
+        figures = {name: mean_of(each) for name, each in lists.items() if len(each) == len(trials)}
+        missing = {name: why for group in of_title for name, why in group.not_measured.items() if name not in figures}
+        found.append(Group(title, figures, missing))
+    return found
+
+
+def mean_of(figures: Sequence[Figure]) -> Figure:
+    """One figure of several seeds; the note has their standard deviation and the mean interval of one."""
+    values = np.array([figure.value for figure in figures])
+    low, high = (float(np.mean([getattr(figure, side) for figure in figures])) for side in ("low", "high"))
+    note = f"std {values.std(ddof=1):.2g}; of one seed {low:.4g} to {high:.4g} by {figures[0].interval}"
+    note += f"; {figures[0].note}" if figures[0].note else ""
+    spread = (float(values.mean()), float(values.min()), float(values.max()))
+    return Figure(*spread, figures[0].num_samples, f"lowest and highest of {len(figures)} seeds", note)
+
+
+MAX_PAIRED = 10_000  # images of either side, drawn at random, where every pair of them counts

@@ -7,13 +7,13 @@ from torch import Tensor
 from utils.evaluation.figures import (
     BOOTSTRAP,
     CONFIDENCE,
+    MAX_PAIRED,
     Figure,
     at_most,
     half_sampling_figure,
     random_halves,
     share_figure,
 )
-from utils.image.evaluation.metrics import MAX_PAIRED
 
 NEIGHBOURHOOD = 3  # of precision and recall: k = 3, section 3 of arXiv 1904.06991
 DENSITY_NEIGHBOURHOOD = 5  # of density and coverage: k = 5, section 3 of arXiv 2002.09797

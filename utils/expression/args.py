@@ -196,3 +196,26 @@ def add_expression_request_args(parser: ArgumentParser) -> None:
         default=None,
         help="Names of types; --num_samples cells of each. Default: in the proportions of the training set.",
     )
+
+
+def add_vector_model_args(parser: ArgumentParser) -> None:
+    """A denoiser of latent vectors."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--architecture",
+        choices=["mlp", "dit"],
+        default="mlp",
+        help="Residual MLP blocks with adaLN-zero, or a DiT whose tokens are pieces of the vector.",
+    )
+    group.add_argument(
+        "--model_size", choices=["S", "B", "L", "XL"], default=None, help="MLP: 3.2M to 319M. DiT: of the paper."
+    )
+    group.add_argument(
+        "--model_config",
+        default=None,
+        metavar="FILE",
+        help="JSON or YAML of the model's own arguments, over --model_size.",
+    )
+    group.add_argument(
+        "--gradient_checkpointing", action=BooleanOptionalAction, default=False, help="Less memory, slower."
+    )

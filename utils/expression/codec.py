@@ -16,7 +16,7 @@ from utils.expression.data.table import CellTable
 from utils.expression.vae.likelihoods import LIKELIHOODS
 from utils.expression.vae.network import ExpressionVAE
 from utils.files import read_json
-from utils.image.codec import component_path, load_component
+from utils.frozen import component_path, load_component
 from utils.latents.columns import category_numbers
 
 VAE_FLAG = "--pretrained_vae_model_name_or_path"

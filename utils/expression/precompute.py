@@ -11,16 +11,15 @@ import numpy as np
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from utils import frozen
 from utils.expression.codec import batch_numbers, encode_cells, load_expression_vae, rows_of_split
 from utils.expression.data.source import open_cells
 from utils.expression.data.stream import cell_batch
 from utils.expression.data.table import CellTable, read_table
 from utils.expression.vae.network import ExpressionVAE
 from utils.files import sha256_json
-from utils.image import codec as codecs
-from utils.latents.cache import LatentSpec
-from utils.latents.column_precompute import finish_cache, found_or_made
-from utils.latents.writer import ChannelSums, ShardFolder
+from utils.latents.spec import LatentSpec, Normalisation
+from utils.latents.writer import ChannelSums, ShardFolder, finish_cache, found_or_made
 
 logger = logging.getLogger(__name__)
 DTYPE = "float32"  # latents of cells are small
@@ -46,7 +45,7 @@ def build_from(
     config = vae.config
     fingerprint = {
         "dataset": {"name": args.dataset_name, "split": args.split, "sha256": table.identity()},
-        "vae": codecs.describe(vae, args.pretrained_vae_model_name_or_path),
+        "vae": frozen.describe(vae, args.pretrained_vae_model_name_or_path),
         "genes": sha256_json(config.genes),
         "library": config.library,
         "content": "moments",
@@ -96,7 +95,7 @@ def write_cache(
             columns |= {"library_size": table.library_sizes[rows], "latents": np.concatenate(moments)}
             columns |= {f"column.{name}": values[rows] for name, values in table.obs.items()}
             shards.write(index, columns, {})
-    finish_cache(cache_dir, shards, spec, table.skipped, codecs.Normalisation.of_vae(vae.config, dimensions), sums)
+    finish_cache(cache_dir, shards, spec, table.skipped, Normalisation.of_vae(vae.config, dimensions), sums)
 
 
 def vector_features(spec: LatentSpec) -> datasets.Features:

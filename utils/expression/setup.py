@@ -12,21 +12,28 @@ from accelerate import Accelerator
 from utils.args.columns import parse_conditions
 from utils.diffusion.denoiser import ConditionalDenoiser, JointDenoiser, own_config
 from utils.errors import UserError
-from utils.expression.cache import CONDITION_KINDS, VectorCache
+from utils.expression.cache import CONDITION_KINDS, JointCache, VectorCache
 from utils.expression.data.genes import choose_genes
 from utils.expression.data.source import CellSource, open_cells
 from utils.expression.data.table import SPLITS, CellTable, check_labels, read_table, stratified_split
-from utils.expression.export import is_expression_run, load_run_vae
-from utils.expression.joint import JointCache
+from utils.expression.modality import EXPRESSION
+from utils.expression.pipeline import load_run_vae
 from utils.expression.vae.network import ExpressionVAE
 from utils.files import remove_unfinished, sha256_json
-from utils.image.codec import weights_hash
-from utils.image.networks import load_base, read_model_config, take_normalisation
-from utils.image.pipeline import find_run, load_settings
+from utils.frozen import weights_hash
 from utils.latents.columns import category_name, category_numbers, describe_column
 from utils.models.dit import DIT_SIZES, DiT
 from utils.models.vector_mlp import VECTOR_MLP_SIZES, VectorMLP
-from utils.runs.column_runs import assembled, refuse_model_flags, use_conditions_of, warn_of_missing
+from utils.runs.base import (
+    assembled,
+    load_base,
+    read_model_config,
+    refuse_model_flags,
+    take_normalisation,
+    use_conditions_of,
+    warn_of_missing,
+)
+from utils.runs.load import find_run, load_settings
 
 logger = logging.getLogger(__name__)
 COUNTS_FOLDER = "counts"  # of a run, with --low_memory
@@ -176,7 +183,7 @@ def check_base(args: Namespace, base: ConditionalDenoiser, cache: VectorCache) -
     refuse_model_flags(args)
     if "architecture" in args.typed:
         raise UserError(f"--architecture with {flag}: the run says what its model is; leave it out")
-    if not is_expression_run(run_dir):
+    if not EXPRESSION.is_run(run_dir):
         raise UserError(f"{flag}: {run_dir} is no run of cells; give one of train_expression_ldm.py")
     whole, _, checkpoint = find_run(run_dir, flag)
     if weights_hash(load_run_vae(whole, checkpoint, flag)) != cache.spec.fingerprint["vae"]["sha256"]:

@@ -1,50 +1,19 @@
 """Codecs: frozen autoencoders of diffusers between images and latents, and the one place that normalises latents."""
 
-import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoModel
 from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from utils.errors import UserError
 from utils.files import read_json
+from utils.frozen import load_component
 from utils.image.pixel_codec import PixelCodec
-from utils.tensor_ops import per_channel
+from utils.latents.spec import Normalisation
 
 PIXELS = "pixels"  # the name of the codec that changes nothing, where otherwise a VAE is named
-
-
-def component_path(name_or_path: str, component: str) -> str:
-    """The `component` subfolder of a whole pipeline's or run's folder; a hub name, or a folder without one, as it
-    is.
-    """
-    folder = Path(name_or_path)
-    if (folder / component).is_dir():
-        return str(folder / component)
-    return name_or_path
-
-
-def load_component(load, name_or_path: str, component: str, flag: str):
-    """Calls `load(path)` of a library for a hub name or folder; whatever it finds wrong becomes one line that names
-    `flag`.
-    """
-    path = component_path(name_or_path, component)
-    looks_local = (
-        Path(name_or_path).is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
-    )
-    if looks_local and not Path(path).exists():
-        raise UserError(
-            f"{flag}: the folder {name_or_path} does not exist; give a hub name or a folder with a {component}"
-        )
-    try:
-        return load(path)
-    except Exception as error:  # libraries raise OSError, ValueError, KeyError, ... for the same faults
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UserError(f"{flag}: cannot load a {component} from {name_or_path}: {reason}") from error
 
 
 def load_autoencoder(path: str) -> ModelMixin:
@@ -67,15 +36,6 @@ def load_vae(name_or_path: str) -> ModelMixin:
             "and decode; give an autoencoder such as stabilityai/sd-vae-ft-mse"
         )
     return vae.float().eval().requires_grad_(False)
-
-
-def weights_hash(model: nn.Module) -> str:
-    """sha256 over names, shapes and bytes of a model's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def encode_blank(vae: ModelMixin, size: int = 64) -> tuple[Tensor, Tensor | None]:
@@ -108,52 +68,6 @@ def encode(vae: ModelMixin, images: Tensor) -> tuple[Tensor, Tensor | None]:
 def decode(vae: ModelMixin, raw_latents: Tensor) -> Tensor:
     """Raw latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1]."""
     return vae.decode(raw_latents).sample.clamp(-1, 1)
-
-
-@dataclass(frozen=True)
-class Normalisation:
-    """Per-channel mean and std of raw latents: the denoiser sees (raw - mean) / std."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @classmethod
-    def of_vae(cls, config, channels: int) -> "Normalisation":
-        """The VAE's own `scaling_factor` and `shift_factor`, or its per-channel `latents_mean` and `latents_std`."""
-        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-            mean, std = torch.tensor(config["latents_mean"]).flatten(), torch.tensor(config["latents_std"]).flatten()
-            return cls(tuple(mean.tolist()), tuple(std.tolist()))
-        shift, scaling = config.get("shift_factor") or 0.0, config.get("scaling_factor") or 1.0
-        return cls((shift,) * channels, (1.0 / scaling,) * channels)
-
-    def _broadcast(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = (torch.tensor([v], device=like.device, dtype=torch.float32) for v in (self.mean, self.std))
-        return per_channel(mean, like), per_channel(std, like)
-
-    def normalise(self, raw_latents: Tensor) -> Tensor:
-        """Raw latents, grids (B, C, H, W) or (B, ..., C) -> what the denoiser sees."""
-        mean, std = self._broadcast(raw_latents)
-        return (raw_latents.float() - mean) / std
-
-    def denormalise(self, latents: Tensor) -> Tensor:
-        """The inverse of `normalise`."""
-        mean, std = self._broadcast(latents)
-        return latents.float() * std + mean
-
-    def then(self, other: "Normalisation") -> "Normalisation":
-        """This one, and the other after it, as one."""
-        pairs = zip(self.mean, self.std, other.mean, strict=True)
-        mean = tuple(own + std * further for own, std, further in pairs)
-        return Normalisation(mean, tuple(own * further for own, further in zip(self.std, other.std, strict=True)))
-
-    def is_close(self, other: "Normalisation") -> bool:
-        """Whether both give the same latents, to rounding."""
-        offset = np.abs(np.subtract(self.mean, other.mean)) / np.array(self.std)
-        return bool((offset < 1e-4).all() and np.allclose(self.std, other.std, rtol=1e-4))
-
-    def is_plain_scaling(self) -> bool:
-        """Whether one factor and no shift say it all: what StableDiffusionPipeline can undo."""
-        return not any(self.mean) and len(set(self.std)) == 1
 
 
 @torch.no_grad()
@@ -190,8 +104,3 @@ def folded_normalisation(vae: ModelMixin, folded: ModelMixin, channels: int) -> 
 def is_foldable(vae: ModelMixin) -> bool:
     """Whether `fold_normalisation` can serve this autoencoder."""
     return isinstance(vae, AutoencoderKL) and vae.quant_conv is not None and vae.post_quant_conv is not None
-
-
-def describe(model: nn.Module, name_or_path: str) -> dict:
-    """What identifies a frozen model in a cache's fingerprint: its class and weights; the name is for the reader."""
-    return {"name": name_or_path, "class": type(model).__name__, "sha256": weights_hash(model)}

@@ -1,50 +1,25 @@
 """The parts of a training, from its arguments: data, cache, denoiser, objective."""
 
-import inspect
 import logging
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import UNet2DConditionModel
 
-from utils.args.parsing import read_yaml
 from utils.diffusion.conditions import ClassCondition, NoCondition, TextCondition
 from utils.diffusion.denoiser import ConditionalDenoiser, num_tokens, own_config
-from utils.diffusion.objectives import OBJECTIVES, Objective, training_scheduler
 from utils.errors import UserError
-from utils.image.codec import Normalisation, folded_normalisation, load_vae, weights_hash
-from utils.image.pipeline import find_run, load_denoiser, load_settings
-from utils.latents.cache import LatentCache, LatentSpec
+from utils.frozen import weights_hash
+from utils.image.codec import folded_normalisation, load_vae
+from utils.latents.cache import LatentCache
+from utils.latents.spec import LatentSpec, Normalisation
 from utils.models.dit import AFTER_ROUTE, BEFORE_ROUTE, DIT_SIZES, DiT
 from utils.models.unet import UNET_PRESETS, build_unet, unet_config
-from utils.training.lora import add_lora, start_from
+from utils.runs.base import BASE_FLAG, DATA_ARGUMENTS, fine_tuned, load_base, read_model_config, take_normalisation
+from utils.runs.load import find_run, load_settings
 
 logger = logging.getLogger(__name__)
-BASE_FLAG = "--pretrained_model_name_or_path"
-
-
-def build_objective(args: Namespace, device: torch.device) -> tuple[Objective, Any]:
-    """The objective, its tables on `device`, and the scheduler that is saved with the model."""
-    scheduler = training_scheduler(
-        args.prediction_type,
-        args.beta_schedule,
-        args.rescale_betas_zero_snr,
-        args.flow_shift,
-        getattr(args, "learned_variance", False),
-    )
-    if (args.prediction_type, args.beta_schedule) == ("epsilon", "squaredcos_cap_v2"):
-        logger.warning(
-            "--beta_schedule squaredcos_cap_v2 with --prediction_type epsilon: the last timesteps are all noise, and "
-            "a sampler multiplies the model's errors there by thousands; v_prediction has no such trouble"
-        )
-    if args.prediction_type == "flow":
-        settings: dict[str, Any] = {"timestep_density": args.timestep_density}
-    else:
-        names = ("snr_gamma", "noise_offset", "input_perturbation")
-        settings = {name: getattr(args, name) for name in names} | {"device": device}
-    return OBJECTIVES[args.prediction_type](scheduler, **settings), scheduler
 
 
 def build_denoiser(args: Namespace, cache: LatentCache, condition: str) -> ConditionalDenoiser:
@@ -77,21 +52,6 @@ def build_denoiser(args: Namespace, cache: LatentCache, condition: str) -> Condi
     return denoiser if base is None else fine_tuned(args, denoiser, base)
 
 
-def load_base(args: Namespace) -> ConditionalDenoiser | None:
-    """The trained denoiser to start from, or None."""
-    path = getattr(args, "pretrained_model_name_or_path", None)
-    return load_denoiser(*find_run(Path(path), BASE_FLAG), BASE_FLAG) if path else None
-
-
-def fine_tuned(args: Namespace, denoiser: ConditionalDenoiser, base: ConditionalDenoiser) -> ConditionalDenoiser:
-    """A new denoiser with the weights of `base`, and with --lora_rank adapters beside them."""
-    new_modules = start_from(denoiser, base, BASE_FLAG)
-    if args.lora_rank:
-        source = args.pretrained_model_name_or_path
-        add_lora(denoiser, args.lora_rank, args.lora_alpha, args.lora_target_modules, new_modules, source)
-    return denoiser
-
-
 def check_latents(base: ConditionalDenoiser, run_dir: Path, spec: LatentSpec) -> Normalisation | None:
     """The normalisation that makes the latents of a cache those that the base was trained in; None, and a warning, if
     they are another VAE's. Raises UserError for latents of another shape.
@@ -109,20 +69,6 @@ def check_latents(base: ConditionalDenoiser, run_dir: Path, spec: LatentSpec) ->
         logger.warning("%s: %s was trained in latents of another VAE than this cache's", BASE_FLAG, run_dir)
         return None
     return folded_normalisation(*vaes, spec.shape[0]).then(load_settings(whole)[1])
-
-
-def take_normalisation(args: Namespace, cache: LatentCache, of_base: Normalisation | None) -> None:
-    """Has a cache give the latents that the base was trained in. Raises UserError where others are asked for."""
-    if of_base is None or of_base.is_close(cache.normalisation):
-        return
-    source = args.pretrained_model_name_or_path
-    if "latent_normalisation" in args.given:
-        raise UserError(
-            f"--latent_normalisation {args.latent_normalisation}: {source} was trained in latents of another mean or "
-            "std; leave it out, and its own are taken"
-        )
-    logger.info("latents are normalised as those of %s were", source)
-    cache.normalisation = of_base
 
 
 def config_from(base: ConditionalDenoiser, size: int, text_dim: int | None, condition: str) -> dict[str, Any]:
@@ -258,35 +204,3 @@ def condition_arguments(is_plain: bool, hidden_size: int, text_dim: int | None, 
 
 
 MODELS = {"unet": unet_arguments, "dit": dit_arguments}
-
-
-# Decided by the latents and the condition: a file may repeat them, not contradict them.
-DATA_ARGUMENTS = (
-    "in_channels",
-    "out_channels",
-    "cross_attention_dim",
-    "class_embed_type",
-    "projection_class_embeddings_input_dim",
-)
-
-
-def read_model_config(path: str | None, model_class: type, preset: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the model from a JSON or YAML file (JSON is YAML), such as the config.json of a diffusers model."""
-    if path is None:
-        return {}
-    values = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in read_yaml(path, "--model_config").items()
-        if not str(key).startswith("_")
-    }
-    values.pop("sample_size", None)  # that of the latents
-    known = inspect.signature(model_class).parameters
-    for key, value in values.items():
-        if key not in known:
-            raise UserError(f"--model_config {path}: {model_class.__name__} has no argument {key}")
-        if key in DATA_ARGUMENTS and value != preset.get(key):
-            raise UserError(
-                f"--model_config {path}: {key} is {value}, but the data and the condition need "
-                f"{preset.get(key)}; leave it out"
-            )
-    return values

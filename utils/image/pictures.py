@@ -1,8 +1,12 @@
 """Pictures of a report: grids of samples, and samples beside the real images they are nearest to."""
 
-from PIL import Image
+import json
+from pathlib import Path
+from typing import Any
 
-from utils.diffusion.sampling import labelled_grid
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
 from utils.image.evaluation.figures import Neighbours
 from utils.image.evaluation.images import Images
 
@@ -38,3 +42,29 @@ def grid_of_neighbours(samples: Images, real: Images, near: Neighbours, resoluti
     """Samples in the upper row, the real image nearest to each below it."""
     rows = [thumbnails(samples, near.sample_rows, resolution), thumbnails(real, near.real_rows, resolution)]
     return labelled_grid(rows, ["samples", "nearest real"], cell_of(resolution))
+
+
+def save_png(image: Image.Image, path: Path, parameters: dict[str, Any]) -> None:
+    """A PNG with its parameters as JSON in the text chunk "parameters"."""
+    info = PngInfo()
+    info.add_itxt("parameters", json.dumps(parameters, ensure_ascii=False))
+    image.save(path, pnginfo=info)
+
+
+def labelled_grid(rows: list[list[Image.Image]], labels: list[str], cell: int | None = None) -> Image.Image:
+    """One row of images for each label, the label at the left. Small images are enlarged to at least 64 pixels."""
+    size = rows[0][0].size[0]
+    cell = cell or size * max(1, -(-64 // size))
+    font = ImageFont.load_default(size=14)
+    longest = max((font.getlength(label[:60]) for label in labels), default=0)
+    margin = int(longest) + 12 if longest else 0
+    grid = Image.new("RGB", (margin + max(map(len, rows)) * (cell + 2), len(rows) * (cell + 2)), "white")
+    draw = ImageDraw.Draw(grid)
+    for y, (label, images) in enumerate(zip(labels, rows, strict=True)):
+        draw.text((6, y * (cell + 2) + cell / 2), label[:60], fill="black", font=font, anchor="lm")
+        for x, image in enumerate(images):
+            enlarged = image.resize(
+                (cell, cell), Image.Resampling.NEAREST if size < cell else Image.Resampling.LANCZOS
+            )
+            grid.paste(enlarged, (margin + x * (cell + 2), y * (cell + 2)))
+    return grid

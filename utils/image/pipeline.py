@@ -11,38 +11,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.modeling_utils import ModelMixin
-from safetensors.torch import load_file
 
 from utils.diffusion import conditions, guidance, pipelines
 from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.diffusion.pipelines import LatentDiffusionPipeline
-from utils.diffusion.sampling import SAMPLERS, is_flow, sampling_scheduler
+from utils.diffusion.sampling import is_flow, sampling_scheduler
 from utils.errors import UserError
 from utils.files import read_json, write_json, write_text
 from utils.image import codec as codecs
 from utils.image import pixel_codec
-from utils.image.codec import Normalisation
 from utils.image.text import load_text_encoder
-from utils.latents.cache import LatentSpec
-from utils.models import attention, dit, vector_mlp
+from utils.latents.spec import LatentSpec, Normalisation
+from utils.models import attention, dit
+from utils.runs.load import check_weights, find_run, load_denoiser, load_settings, use_average
 from utils.training import lora
-from utils.training.checkpoints import MANIFEST, checkpoint_steps, damage
-from utils.training.ema import EMA_FILE, reconstruct
-
-MODEL_CLASSES: dict[str, type[ModelMixin]] = {
-    "UNet2DConditionModel": UNet2DConditionModel,
-    "DiT": dit.DiT,
-    "VectorMLP": vector_mlp.VectorMLP,
-    "NoCondition": conditions.NoCondition,
-    "ClassCondition": conditions.ClassCondition,
-    "TextCondition": conditions.TextCondition,
-    "ConditionSum": conditions.ConditionSum,
-}
-OF_VAE = "vae."  # how the names of an autoencoder's weights begin, where it was trained together with its denoiser
-SCHEDULER_CLASSES = {scheduler.__name__: scheduler for scheduler in SAMPLERS.values()}
 
 
 @dataclass
@@ -72,14 +56,6 @@ def load_frozen_parts(
         tokenizer, text_encoder = load_text_encoder(str(source["name"]), str(source["library"]), source["tokenizer"])
         check_weights(text_encoder, str(source["name"]), spec.fingerprint["text_encoder"]["sha256"])
     return FrozenParts(vae, normalisation, scheduler, text_encoder, tokenizer)
-
-
-def check_weights(model: torch.nn.Module, name: str, expected: str) -> None:
-    """Raises UserError if a frozen model is no longer the one whose outputs were cached."""
-    if codecs.weights_hash(model) != expected:
-        raise UserError(
-            f"--latents_dir: {name} now has other weights than when the latents were computed; precompute again"
-        )
 
 
 def component_name(model: ModelMixin) -> str:
@@ -178,28 +154,6 @@ def index_of(pipeline: DiffusionPipeline) -> dict[str, Any]:
         return read_json(Path(folder) / "model_index.json")
 
 
-def find_run(path: Path, flag: str) -> tuple[Path, str, Path | None]:
-    """A run's folder, the name of the denoiser's folder in it, and the checkpoint that has the weights of a run that
-    is not finished (the newest), or that `path` is. Raises UserError, which names the flag, for a folder that is none.
-    """
-    if not path.is_dir():
-        raise UserError(f"{flag}: {path} does not exist; give a run's folder or one of its checkpoints")
-    checkpoint = path if (path / MANIFEST).is_file() else None
-    run_dir = path.parent if checkpoint else path
-    name = next((each for each in ("unet", "transformer") if (run_dir / each / "config.json").is_file()), None)
-    if name is None or not (run_dir / "vae").is_dir() or not (run_dir / "scheduler").is_dir():
-        raise UserError(
-            f"{flag}: {path} is no run (no unet/ or transformer/ beside vae/ and scheduler/); "
-            "give a run's folder or a checkpoint"
-        )
-    if checkpoint is None and not (run_dir / "model_index.json").is_file():
-        steps = checkpoint_steps(run_dir)
-        if not steps:
-            raise UserError(f"{flag}: {run_dir} was never finished and has no checkpoint; train it first")
-        checkpoint = run_dir / f"checkpoint-{steps[-1]}"
-    return run_dir, name, checkpoint
-
-
 def load_run(
     path: str | Path, ema_sigma_rel: float | None = None, flag: str = "--model", lora_dir: str | None = None
 ) -> LatentDiffusionPipeline:
@@ -222,46 +176,6 @@ def load_run(
         raise UserError(f"--lora: {lora_dir} needs a text encoder, and {run_dir} has none; sample the fine-tuned run")
     scheduler, normalisation = load_settings(run_dir)
     return make_pipeline(denoiser, FrozenParts(vae, normalisation, scheduler, text_encoder, tokenizer))
-
-
-def load_settings(run_dir: Path) -> tuple[SchedulerMixin, Normalisation]:
-    """The scheduler and the normalisation of latents that a run was trained with."""
-    scheduler_class = SCHEDULER_CLASSES[read_json(run_dir / "scheduler" / "scheduler_config.json")["_class_name"]]
-    normalisation = {k: tuple(v) for k, v in read_json(run_dir / "latent_normalisation.json").items()}
-    return scheduler_class.from_pretrained(run_dir / "scheduler"), Normalisation(**normalisation)
-
-
-def use_average(denoiser: ConditionalDenoiser, run_dir: Path, checkpoint: Path | None, ema_sigma_rel: float) -> None:
-    """Gives a denoiser the average of a relative width, made of its run's snapshots up to the checkpoint."""
-    last_step = read_json(checkpoint / MANIFEST)["global_step"] if checkpoint else None
-    denoiser.load_state_dict(denoiser.state_dict() | reconstruct(run_dir, ema_sigma_rel, last_step))
-
-
-def load_denoiser(run_dir: Path, name: str, checkpoint: Path | None, flag: str) -> ConditionalDenoiser:
-    """Denoiser and conditions of a finished run, or with the weights of a checkpoint of it."""
-    folders = (run_dir / name, run_dir / "conditions")
-    classes = [MODEL_CLASSES[read_json(folder / "config.json")["_class_name"]] for folder in folders]
-    if checkpoint is None:
-        model, condition = (cls.from_pretrained(folder) for cls, folder in zip(classes, folders, strict=True))
-        return ConditionalDenoiser(model, condition).eval()
-    found = damage(checkpoint)
-    if found:
-        raise UserError(f"{flag}: {checkpoint} cannot be used: {found}")
-    model, condition = (cls.from_config(cls.load_config(folder)) for cls, folder in zip(classes, folders, strict=True))
-    denoiser = ConditionalDenoiser(model, condition)
-    weights = checkpoint_weights(checkpoint)
-    if (run_dir / lora.FOLDER / lora.CONFIG_FILE).is_file():
-        weights = lora.merge_weights(weights, lora.scaling_of(read_json(run_dir / lora.FOLDER / lora.CONFIG_FILE)))
-    denoiser.load_state_dict({name: tensor for name, tensor in weights.items() if not name.startswith(OF_VAE)})
-    return denoiser.eval()
-
-
-def checkpoint_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All weights of a checkpoint, averaged where it has an average."""
-    weights = load_file(checkpoint / "model.safetensors")
-    if (checkpoint / EMA_FILE).is_file():
-        weights |= load_file(checkpoint / EMA_FILE)  # the average has no buffers: those come from the model
-    return weights
 
 
 def model_card(

@@ -2,7 +2,6 @@
 cache.
 """
 
-import contextlib
 import logging
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
@@ -16,26 +15,27 @@ import numpy as np
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from utils import frozen
 from utils.errors import UserError
-from utils.files import names_in, read_json, remove_unfinished, write_json
 from utils.image import codec as codecs
 from utils.image.data.pixels import BACKGROUNDS, Framing
 from utils.image.data.rows import ImageColumns
-from utils.image.encoding import LatentEncoder, RowReader, Shard, decode_ahead, encode_captions
-from utils.image.row_source import Source
+from utils.image.encoding import LatentEncoder, RowReader, Shard, Source, decode_ahead, encode_captions
 from utils.image.text import load_text_encoder
-from utils.latents.cache import SPEC_FILE, LatentSpec, check_fingerprint
+from utils.latents.spec import SPEC_FILE, LatentSpec, Normalisation
 from utils.latents.writer import (
     ChannelSums,
     ShardFolder,
     caption_features,
+    claim_folder,
+    complete_cache,
     distinct_captions,
+    finished_cache,
     latent_features,
     write_skipped,
 )
 
 logger = logging.getLogger(__name__)
-PLAN_FILE = "plan.json"  # the fingerprint of a cache that is being written
 
 
 @dataclass
@@ -77,8 +77,8 @@ def fingerprint_of(args: Namespace, source: Source, encoders: Encoders) -> dict[
     return {
         "dataset": source.identity,
         "columns": {"image": source.columns.image, "caption": source.columns.caption, "label": source.columns.label},
-        "vae": codecs.describe(encoders.vae, args.pretrained_vae_model_name_or_path),
-        "text_encoder": text_encoder and codecs.describe(text_encoder, args.pretrained_text_encoder_name_or_path),
+        "vae": frozen.describe(encoders.vae, args.pretrained_vae_model_name_or_path),
+        "text_encoder": text_encoder and frozen.describe(text_encoder, args.pretrained_text_encoder_name_or_path),
         "resolution": args.resolution,
         "crop": "center" if args.center_crop else f"random, seed {args.seed}",
         "random_flip": args.random_flip,
@@ -121,34 +121,6 @@ def build_latent_cache(
         finish_cache(args, cache_dir, latents, captions, source.columns, encoders, fingerprint)
     accelerator.wait_for_everyone()
     return LatentSpec.read(cache_dir)
-
-
-def claim_folder(cache_dir: Path, plan: dict[str, Any]) -> None:
-    """Takes an empty folder for this cache, or one in which this very cache was begun."""
-    if (cache_dir / PLAN_FILE).is_file():
-        check_fingerprint(read_json(cache_dir / PLAN_FILE), plan, cache_dir)
-        return
-    if cache_dir.exists() and (not cache_dir.is_dir() or names_in(cache_dir)):
-        raise UserError(f"--latents_dir: {cache_dir} is not empty and holds no latent cache; give another folder")
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    write_json(cache_dir / PLAN_FILE, plan)
-
-
-def complete_cache(cache_dir: Path, spec: LatentSpec) -> None:
-    """Writes the spec by which readers know that the cache is whole, and takes away what an unfinished one has."""
-    remove_unfinished(cache_dir)
-    write_json(cache_dir / SPEC_FILE, asdict(spec))
-    (cache_dir / PLAN_FILE).unlink(missing_ok=True)
-
-
-def finished_cache(cache_dir: Path, fingerprint: dict[str, Any], is_main_process: bool) -> LatentSpec:
-    """The spec of a finished cache. Raises UserError if the cache is another one."""
-    spec = LatentSpec.read(cache_dir)
-    check_fingerprint(spec.fingerprint, fingerprint, cache_dir)
-    if is_main_process:
-        with contextlib.suppress(OSError):  # mostly it is gone, and the cache may lie where nothing can be written
-            (cache_dir / PLAN_FILE).unlink()  # the process that wrote the spec was killed before it did so
-    return spec
 
 
 def write_latents(
@@ -265,7 +237,7 @@ def finish_cache(
         text_encoder = dict(
             zip(("name", "library", "tokenizer"), (getattr(args, name) for name in names), strict=True)
         )
-    vae_normalisation = codecs.Normalisation.of_vae(encoders.vae.config, encoders.latent_shape[0])
+    vae_normalisation = Normalisation.of_vae(encoders.vae.config, encoders.latent_shape[0])
     spec = LatentSpec(
         kind="image",
         shape=encoders.latent_shape,

@@ -10,35 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from diffusers import SchedulerMixin
 from PIL import Image
 
 from utils.diffusion.denoiser import ConditionalDenoiser
-from utils.diffusion.guidance import check_guidance, guidance_scales
 from utils.diffusion.pipelines import LatentDiffusionPipeline
-from utils.diffusion.sampling import batches, image_generators, is_flow, save_png
+from utils.diffusion.sampling import batches, checked_guidance, image_generators, is_flow
 from utils.errors import UserError
 from utils.files import write_text
+from utils.image.pictures import save_png
 from utils.image.pipeline import load_run
-
-
-def newest_run(folder: Path) -> Path:
-    """The most recently finished run below `folder`. Raises UserError if there is none."""
-    indices = folder.glob("**/model_index.json")
-    # `best/` of a run is a model too, and has no args.yaml of its own.
-    finished = (path for path in indices if (path.parent / "args.yaml").is_file())
-    found = sorted(finished, key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UserError(f"--model: there is no finished run below {folder}/; train one, or name a run's folder")
-    return found[-1].parent
-
-
-def next_folder(parent: Path) -> Path:
-    """The first of parent/0000, parent/0001, ... that does not exist."""
-    number = 0
-    while (parent / f"{number:04d}").exists():
-        number += 1
-    return parent / f"{number:04d}"
+from utils.runs.load import same_weights
 
 
 def read_prompts(path: str | None) -> list[str]:
@@ -147,17 +128,6 @@ def difference(pipeline: LatentDiffusionPipeline, guide: LatentDiffusionPipeline
     return next((what for what, holds in same.items() if not holds), None)
 
 
-def same_weights(ours: torch.nn.Module | None, its: torch.nn.Module | None) -> bool:
-    """Whether two models are the same, to rounding; None is the same as None."""
-    if ours is None or its is None:
-        return ours is its
-    first, second = ours.state_dict(), its.state_dict()
-    return first.keys() == second.keys() and all(
-        tensor.shape == second[name].shape and torch.allclose(tensor, second[name], rtol=1e-4, atol=1e-6)
-        for name, tensor in first.items()
-    )
-
-
 def guidance_settings(
     pipeline: LatentDiffusionPipeline,
     guidance_scale: float | None,
@@ -187,33 +157,6 @@ def guidance_settings(
         with_guide,
         with_negative_prompt,
     )
-
-
-def checked_guidance(
-    scheduler: SchedulerMixin,
-    guidance_scale: float,
-    guidance_interval: list[float],
-    guidance_rescale: float,
-    num_inference_steps: int,
-    with_guide: bool,
-    with_negative_prompt: bool,
-) -> dict[str, Any]:
-    """The arguments of a pipeline by their names. Raises UserError for guidance that contradicts itself or would do
-    nothing.
-    """
-    scheduler.set_timesteps(num_inference_steps)
-    timesteps, total = scheduler.timesteps, scheduler.config.num_train_timesteps
-    try:
-        check_guidance(guidance_scale, guidance_interval, guidance_rescale, with_guide, with_negative_prompt)
-        guidance_scales(timesteps, total, guidance_scale, guidance_interval)
-    except ValueError as error:
-        raise UserError(f"--{error}") from error
-    return {
-        "guidance_scale": guidance_scale,
-        "guidance_interval": guidance_interval,
-        "guidance_rescale": guidance_rescale,
-        "num_inference_steps": num_inference_steps,
-    }
 
 
 def sample(

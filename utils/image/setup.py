@@ -9,6 +9,7 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from utils import frozen
 from utils.errors import UserError
 from utils.files import sha256_json
 from utils.image import codec as codecs
@@ -19,9 +20,10 @@ from utils.image.data.stream import ImageStream
 from utils.image.precompute import build_latent_cache
 from utils.image.text import load_text_encoder
 from utils.image.vae.network import VAE_PRESETS
-from utils.latents.cache import LatentCache, LatentSpec, check_fingerprint
+from utils.latents.cache import LatentCache
 from utils.latents.parts import pool, readers_of, unevenness
-from utils.training.held_out import HeldOut, hold_out, in_fixed_order, open_split
+from utils.latents.spec import LatentSpec, check_fingerprint
+from utils.training.held_out import in_fixed_order
 
 logger = logging.getLogger(__name__)
 
@@ -62,16 +64,6 @@ def open_cache(args: Namespace, accelerator: Accelerator, output_dir: Path) -> L
             100 * unevenness(specs),
         )
     return cache
-
-
-def open_held_out(args: Namespace, cache: LatentCache) -> HeldOut | None:
-    """The latents that evaluations are made on; None without --eval_steps. Raises UserError for a cache that does not
-    fit."""
-    if args.eval_steps is None:
-        return None
-    if args.validation_latents_dir:
-        return open_split(cache, args.validation_latents_dir)
-    return hold_out(cache, args.num_validation_samples)
 
 
 def gather_specs(folder: str) -> list[LatentSpec]:
@@ -120,11 +112,11 @@ def asked_of_cache(args: Namespace, spec: LatentSpec) -> dict[str, Any]:
         asked["crop"] = "center" if args.center_crop else f"random, seed {args.seed}"
     if "pretrained_vae_model_name_or_path" in args.given:
         name = args.pretrained_vae_model_name_or_path
-        asked["vae"] = codecs.describe(codecs.load_vae(name), name)
+        asked["vae"] = frozen.describe(codecs.load_vae(name), name)
     if "pretrained_text_encoder_name_or_path" in args.given and spec.text_encoder:
         name = args.pretrained_text_encoder_name_or_path
         _, text_encoder = load_text_encoder(name, args.text_encoder_library, args.tokenizer_name)
-        asked["text_encoder"] = codecs.describe(text_encoder, name)
+        asked["text_encoder"] = frozen.describe(text_encoder, name)
     return asked
 
 

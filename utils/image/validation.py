@@ -11,13 +11,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from utils.args.groups import DEFAULT_EVAL_IMAGES
 from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.diffusion.pipelines import LatentDiffusionPipeline
-from utils.diffusion.sampling import fault_of_steps, image_generators, labelled_grid, sampling_scheduler
+from utils.diffusion.sampling import fault_of_steps, image_generators, sampling_scheduler
 from utils.errors import UserError
+from utils.image.args.validation import DEFAULT_EVAL_IMAGES
 from utils.image.evaluation.features import Features
 from utils.image.evaluation.metrics import Statistics, frechet_distance, polynomial_kernel, squared_mmd
+from utils.image.pictures import labelled_grid
 from utils.image.pipeline import FrozenParts, make_pipeline
 from utils.image.sampler import merge
 from utils.training.held_out import HeldOut, share_of

@@ -10,9 +10,7 @@ Both folders open with `datasets.load_from_disk`. Raw latents are stored and nor
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
@@ -21,91 +19,8 @@ from torch import Tensor
 
 from utils.draws import PartReader, SampleDraws, StreamOrder, uniform_draws
 from utils.errors import UserError
-from utils.files import read_json, sha256_file, sha256_json
-from utils.image.codec import Normalisation
-
-SPEC_FILE = "latent_spec.json"
-SPEC_VERSION = 1
-
-
-@dataclass(frozen=True)
-class LatentSpec:
-    """What a latent cache holds. `fingerprint` is all that decides its content; two caches with equal ones are
-    equal.
-    """
-
-    kind: str  # "image", "set"
-    shape: tuple[int, ...]  # of one latent, (C, H, W), or (N, D) of a set, padded
-    dtype: str
-    content: str  # "moments": mean and std of the posterior; "mean": one latent
-    flips: bool  # a second encode of the mirrored image is stored
-    num_rows: int
-    num_skipped: int
-    normalisation: dict[str, dict[str, list[float]]]  # "vae" and "measured": mean and std per channel
-    captions: dict[str, Any] | None  # content ("hidden_states" or "input_ids"), shape, count
-    labels: dict[str, Any] | None  # num_classes, names
-    vae: str
-    text_encoder: dict[str, str | None] | None  # name, library, tokenizer
-    fingerprint: dict[str, Any]
-    version: int = SPEC_VERSION
-    num_translations: int = 1  # latents of each row, of the same thing in other places
-    num_items: dict[str, int] | None = None  # of sets: how many have how many items
-    columns: dict[str, Any] | None = None  # other columns of the source: what is in them
-
-    def variants(self) -> list[str]:
-        """The columns of latents, of which one is drawn each time a row is seen."""
-        if self.flips:
-            return ["latents", "latents_flipped"]
-        return ["latents", *(f"latents_{i}" for i in range(1, self.num_translations))]
-
-    @classmethod
-    def read(cls, cache_dir: str | Path, flag: str = "--latents_dir") -> "LatentSpec":
-        """The spec of a finished cache. Raises UserError, which names the flag, where there is none."""
-        path = Path(cache_dir) / SPEC_FILE
-        if not path.is_file():
-            state = (
-                "is not finished (run precompute_latents.py again, it continues)"
-                if Path(cache_dir).is_dir()
-                else "does not exist"
-            )
-            raise UserError(f"{flag}: the latent cache {cache_dir} {state}: no {SPEC_FILE} in it")
-        values = read_json(path)
-        if values.get("version") != SPEC_VERSION:
-            raise UserError(
-                f"{path}: version {values.get('version')} of the format, expected {SPEC_VERSION}; precompute again"
-            )
-        values["shape"] = tuple(values["shape"])
-        return cls(**values)
-
-    def identity(self) -> str:
-        """One hash of the fingerprint, for checkpoints to remember."""
-        return sha256_json(self.fingerprint)
-
-
-def check_fingerprint(found: dict[str, Any], asked: dict[str, Any], cache_dir: str | Path) -> None:
-    """Raises UserError, with both sides, unless the cache was made with everything in `asked` (a part or all of
-    it).
-    """
-    for key, wanted in asked.items():
-        if comparable(found.get(key)) != comparable(wanted):
-            raise UserError(
-                f"--latents_dir: the latent cache {cache_dir} was made with {key} = {summary(found.get(key))}, and "
-                f"this run asks for {key} = {summary(wanted)}; change the flag back or give another --latents_dir"
-            )
-
-
-def comparable(value: Any) -> Any:
-    """A fingerprint's entry without the name of a model: the same weights under another path are the same model."""
-    is_model = isinstance(value, dict) and value.keys() == {"name", "class", "sha256"}
-    return (value["class"], value["sha256"]) if is_model else value
-
-
-def summary(value: Any) -> str:
-    """A fingerprint's entry in one short line."""
-    if isinstance(value, dict):
-        parts = (f"{k} {str(v)[:12] if 'sha' in k else v}" for k, v in value.items() if not isinstance(v, dict | list))
-        return "(" + ", ".join(parts) + ")"
-    return str(value)
+from utils.files import read_json, sha256_file
+from utils.latents.spec import SPEC_FILE, LatentSpec, Normalisation
 
 
 def open_table(folder: Path) -> datasets.Dataset:

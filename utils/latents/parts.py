@@ -11,7 +11,7 @@ import numpy as np
 
 from utils.draws import PartReader
 from utils.errors import UserError
-from utils.latents.cache import LatentSpec, summary
+from utils.latents.spec import LatentSpec, summary
 
 
 def readers_of(parts: list[int], batch_size: int) -> list[PartReader]:

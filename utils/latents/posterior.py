@@ -7,8 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.image.vae.losses import kl_to_standard_normal
-
 # Below these nothing of a sample is left in its latents: nats per latent value, and the share of a channel's variance
 # that is due to the sample and not to noise. Where the posterior matches the prior that share is the variance of the
 # mean over data, whose usual threshold is this one (Burda et al. 2015, arXiv 1509.00519, section 5.2).
@@ -120,3 +118,19 @@ class PosteriorSums:
         return PosteriorStatistics(
             self.count, channel_mean.tolist(), std, std_of_mean, posterior_std, self.kl / self.count
         )
+
+
+def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, elementwise (Kingma & Welling 2013, arXiv 1312.6114, appendix
+    B).
+    """
+    mean, logvar = mean.float(), logvar.float()
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
+
+
+def kl_weight_at(global_step: int, kl_weight: float, warmup_steps: int) -> float:
+    """Weight of the KL divergence in optimizer step `global_step`, counted from 0: linear from near zero (Bowman et
+    al. 2015, arXiv 1511.06349, section 3.1), as a posterior that is pulled to the prior before the decoder can use it
+    may never leave it.
+    """
+    return kl_weight * min(1.0, (global_step + 1) / (warmup_steps + 1))

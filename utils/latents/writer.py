@@ -5,18 +5,22 @@ temporary name, synced and renamed, and only then its manifest (`shard-00012.jso
 latents, sha256) appears the same way: a shard with a manifest is done, one without is written again.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
+from accelerate import Accelerator
 
 from utils.errors import UserError
 from utils.files import (
+    names_in,
     read_json,
     remove_unfinished,
     replace_durably,
@@ -25,6 +29,7 @@ from utils.files import (
     write_json,
     write_text,
 )
+from utils.latents.spec import SPEC_FILE, LatentSpec, Normalisation, check_fingerprint
 
 
 def caption_id(caption: str) -> int:
@@ -177,3 +182,70 @@ def distinct_captions(latents: ShardFolder) -> dict[int, str]:
 def write_skipped(path: Path, skipped: list[dict[str, Any]]) -> None:
     """skipped.jsonl: one line for each image that could not be used."""
     write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped))
+
+
+def found_or_made(
+    accelerator: Accelerator,
+    cache_dir: Path,
+    fingerprint: dict[str, Any],
+    rows_per_shard: int,
+    write: Callable[[], None],
+) -> LatentSpec:
+    """The spec of the cache with this `fingerprint`, finished or made now by `write`, which the main process calls.
+    Raises UserError for a folder with another cache or something else in it.
+    """
+    is_finished = (cache_dir / SPEC_FILE).is_file()
+    accelerator.wait_for_everyone()  # all have looked before one writes: what they find, they find alike
+    if is_finished:
+        return finished_cache(cache_dir, fingerprint, accelerator.is_main_process)
+    if accelerator.is_main_process:
+        claim_folder(cache_dir, fingerprint | {"rows_per_shard": rows_per_shard})
+        write()
+    accelerator.wait_for_everyone()
+    return LatentSpec.read(cache_dir)
+
+
+def finish_cache(
+    cache_dir: Path,
+    shards: ShardFolder,
+    spec: LatentSpec,
+    skipped: list[dict[str, Any]],
+    of_vae: Normalisation,
+    sums: ChannelSums,
+) -> None:
+    """Completes a cache whose shards are written; the spec says what was measured on the way."""
+    shards.finish()
+    write_skipped(cache_dir / "skipped.jsonl", skipped)
+    normalisation = {"vae": asdict(of_vae), "measured": ChannelSums.combine([sums.to_json()])}
+    complete_cache(cache_dir, replace(spec, normalisation=normalisation))
+
+
+PLAN_FILE = "plan.json"  # the fingerprint of a cache that is being written
+
+
+def claim_folder(cache_dir: Path, plan: dict[str, Any]) -> None:
+    """Takes an empty folder for this cache, or one in which this very cache was begun."""
+    if (cache_dir / PLAN_FILE).is_file():
+        check_fingerprint(read_json(cache_dir / PLAN_FILE), plan, cache_dir)
+        return
+    if cache_dir.exists() and (not cache_dir.is_dir() or names_in(cache_dir)):
+        raise UserError(f"--latents_dir: {cache_dir} is not empty and holds no latent cache; give another folder")
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    write_json(cache_dir / PLAN_FILE, plan)
+
+
+def complete_cache(cache_dir: Path, spec: LatentSpec) -> None:
+    """Writes the spec by which readers know that the cache is whole, and takes away what an unfinished one has."""
+    remove_unfinished(cache_dir)
+    write_json(cache_dir / SPEC_FILE, asdict(spec))
+    (cache_dir / PLAN_FILE).unlink(missing_ok=True)
+
+
+def finished_cache(cache_dir: Path, fingerprint: dict[str, Any], is_main_process: bool) -> LatentSpec:
+    """The spec of a finished cache. Raises UserError if the cache is another one."""
+    spec = LatentSpec.read(cache_dir)
+    check_fingerprint(spec.fingerprint, fingerprint, cache_dir)
+    if is_main_process:
+        with contextlib.suppress(OSError):  # mostly it is gone, and the cache may lie where nothing can be written
+            (cache_dir / PLAN_FILE).unlink()  # the process that wrote the spec was killed before it did so
+    return spec

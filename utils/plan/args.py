@@ -5,9 +5,9 @@ from pathlib import Path
 
 import yaml
 
-from utils.args.groups import DEFAULT_EVAL_IMAGES
 from utils.args.parsing import fraction, non_negative_int, positive_float, positive_int
 from utils.errors import UserError
+from utils.image.args.validation import DEFAULT_EVAL_IMAGES
 
 SCRIPTS = {"text": "train_text_to_image_ldm.py", "class": "train_class_cond_ldm.py"}
 # Flags that one trainer has and the other has not, and those that tell which one is meant.
@@ -102,7 +102,7 @@ def validation_rows(args: Namespace, num_classes: int) -> int:
 
 def evaluated(args: Namespace) -> tuple[int, int]:
     """Held-out latents and samples of an evaluation, as the trainers choose them."""
-    from utils.latents.cache import LatentSpec
+    from utils.latents.spec import LatentSpec
 
     num_rows = args.num_validation_samples or 0
     if args.validation_latents_dir:

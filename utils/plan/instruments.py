@@ -23,10 +23,10 @@ from torch import Tensor
 from utils.diffusion.conditions import encode_text
 from utils.errors import UserError
 from utils.files import fsync_path, sha256_file
-from utils.image.codec import Normalisation
 from utils.image.encoding import LatentEncoder
 from utils.image.precompute import Encoders
-from utils.latents.cache import LatentCache, LatentSpec
+from utils.latents.cache import LatentCache
+from utils.latents.spec import LatentSpec, Normalisation
 from utils.latents.writer import ChannelSums
 from utils.plan.arithmetic import STAGES, Pace, readable
 from utils.training.held_out import NUM_QUARTERS

@@ -9,8 +9,8 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
+from utils.diffusion.sampling import checked_guidance
 from utils.errors import UserError
-from utils.image.sampler import checked_guidance
 from utils.latents.columns import category_name, category_numbers
 
 DEFAULT_GUIDANCE = 2.0

@@ -3,8 +3,11 @@
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
@@ -12,8 +15,7 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 from utils.files import remove_unfinished, replace_durably, temporary_path
-from utils.training.power_ema import gamma_of, power_decay, reconstruction_weights
-from utils.training.sharding import copy_full_, full
+from utils.training.sharding import copy_full_, full, whole_copy
 
 logger = logging.getLogger(__name__)
 EMA_FILE = "ema.safetensors"
@@ -144,3 +146,79 @@ def reconstruct(run_dir: Path, sigma_rel: float, last_step: int | None = None) -
         for name, tensor in load_file(path).items():
             total[name] = total.get(name, 0.0) + float(weight) * tensor.float()
     return total
+
+
+# gamma > -1/2 is needed for a profile of finite energy; gamma = 0 is the plain mean of all weights.
+MAX_SIGMA_REL = 12**-0.5
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """The exponent of the profile with relative width `sigma_rel`, in (0, 12^-0.5) (appendix C, algorithm 2).
+
+    Raises ValueError for a width that no exponent >= 0 has.
+    """
+    if not 0 < sigma_rel < MAX_SIGMA_REL:
+        raise ValueError(f"sigma_rel {sigma_rel} is not between 0 and {MAX_SIGMA_REL:.4f}")
+    inverse = sigma_rel**-2
+    # sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), multiplied out.
+    return float(np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse]).real.max())
+
+
+def power_decay(gamma: float, step: int) -> float:
+    """How much of the average optimizer step `step`, counted from 1, keeps (section 3.1): nothing of the first."""
+    return (1.0 - 1.0 / step) ** (gamma + 1.0)
+
+
+def inner_products(steps_a: np.ndarray, gammas_a: np.ndarray, steps_b: np.ndarray, gammas_b: np.ndarray) -> np.ndarray:
+    """Inner products (A, B) of the profiles (A,) with the profiles (B,), each given by the step it was stored at and
+    its exponent (appendix C, algorithm 3): the integral of the product of two (gamma + 1) / t (s / t)^gamma over s, up
+    to the earlier t.
+    """
+    t_a, g_a = steps_a[:, None].astype(np.float64), gammas_a[:, None].astype(np.float64)
+    t_b, g_b = steps_b[None].astype(np.float64), gammas_b[None].astype(np.float64)
+    earlier = np.minimum(t_a, t_b)
+    return (
+        (g_a + 1)
+        * (g_b + 1)
+        / (g_a + g_b + 1)
+        * earlier
+        / (t_a * t_b)
+        * (earlier / t_a) ** g_a
+        * (earlier / t_b) ** g_b
+    )
+
+
+def reconstruction_weights(
+    steps: Sequence[int], sigma_rels: Sequence[float], target_step: int, target_sigma_rel: float
+) -> tuple[np.ndarray, float]:
+    """Weights (S,) of stored averages whose sum comes nearest, in least squares, to the average `target_sigma_rel` at
+    `target_step` (section 3.2), and the part of that profile's norm which they miss, in [0, 1].
+    """
+    stored = (np.array(steps), np.array([gamma_of(each) for each in sigma_rels]))
+    target = (np.array([target_step]), np.array([gamma_of(target_sigma_rel)]))
+    gram = inner_products(*stored, *stored)  # (S, S)
+    onto_target = inner_products(*stored, *target)[:, 0]  # (S,)
+    weights = np.linalg.lstsq(gram, onto_target, rcond=1e-12)[0]
+    norm = inner_products(*target, *target)[0, 0]
+    missed = norm - 2 * weights @ onto_target + weights @ gram @ weights
+    return weights, float(np.sqrt(max(0.0, missed) / norm))
+
+
+@contextmanager
+def averaged_weights(accelerator: Accelerator, model: Any, ema: EMA | None) -> Iterator[Any]:
+    """Gives the model with its EMA weights and in evaluation mode; afterwards the model that trains is exactly as
+    before. Of a model that is divided among processes the main one gets a whole copy, the others None.
+    """
+    if accelerator.is_fsdp2:
+        copy = whole_copy(accelerator, model, {} if ema is None else ema.shadow)
+        yield None if copy is None else copy.eval()
+        return
+    if ema is not None:
+        ema.swap(model)
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train()
+        if ema is not None:
+            ema.swap(model)

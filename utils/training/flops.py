@@ -18,6 +18,7 @@ from torch import nn
 from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.models.attention import Attention as DiTAttention
 from utils.models.dit import AFTER_ROUTE, BEFORE_ROUTE, DiT
+from utils.training.lora import blank, is_adapted
 
 # A backward pass computes two products for each one of the forward pass: by the inputs and by the weights. What
 # gradient checkpointing computes again counts as time, not as work (PaLM, arXiv 2204.02311, appendix B).
@@ -114,7 +115,11 @@ def forward_flops(
 def training_flops(
     denoiser: nn.Module, latent_shape: tuple[int, ...], sequence_length: int = 0, tread_ratio: float = 0.0
 ) -> int:
-    """FLOPs that training spends on one sample: three forward passes' worth. Arguments of `forward_flops`."""
+    """FLOPs that training spends on one sample: three forward passes' worth, or with adapters, which are not counted,
+    two: frozen weights need no gradient. Arguments of `forward_flops`.
+    """
+    if isinstance(denoiser, ConditionalDenoiser) and is_adapted(denoiser.model):
+        return 2 * forward_flops(blank(denoiser), latent_shape, sequence_length, tread_ratio)
     return TRAINING_FORWARDS * forward_flops(denoiser, latent_shape, sequence_length, tread_ratio)
 
 

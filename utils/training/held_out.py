@@ -19,7 +19,8 @@ from utils.diffusion.objectives import Objective
 from utils.draws import SampleDraws, keys, uniform_draws
 from utils.errors import UserError
 from utils.files import sha256_json
-from utils.latents.cache import LatentCache, LatentSpec, comparable, summary
+from utils.latents.cache import LatentCache
+from utils.latents.spec import LatentSpec, comparable, summary
 
 HELD_OUT_SEED = 4_242_424_242  # no --seed that anybody would give: training draws other noise
 NUM_QUARTERS = 4

@@ -19,7 +19,6 @@ from utils.diffusion.conditions import CONDITIONS, ClassCondition, NoCondition
 from utils.diffusion.denoiser import ConditionalDenoiser, own_config
 from utils.errors import UserError
 from utils.files import make_folder, read_json, write_json
-from utils.training import flops as budget
 from utils.training.sharding import new_like
 
 logger = logging.getLogger(__name__)
@@ -214,17 +213,6 @@ def blank(denoiser: ConditionalDenoiser) -> ConditionalDenoiser:
     """The shapes of a denoiser without its adapters, on the meta device."""
     with torch.device("meta"):
         return ConditionalDenoiser(new_like(denoiser.model), new_like(denoiser.conditions))
-
-
-def training_flops(
-    denoiser: ConditionalDenoiser, latent_shape: tuple[int, ...], sequence_length: int = 0, tread_ratio: float = 0.0
-) -> int:
-    """FLOPs that training spends on one sample: `budget.training_flops`, or with adapters, which are not counted, two
-    forward passes' worth: frozen weights need no gradient.
-    """
-    if not is_adapted(denoiser.model):
-        return budget.training_flops(denoiser, latent_shape, sequence_length, tread_ratio)
-    return 2 * budget.forward_flops(blank(denoiser), latent_shape, sequence_length, tread_ratio)
 
 
 # ---- files

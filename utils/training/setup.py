@@ -4,8 +4,6 @@ import logging
 import os
 import signal
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,12 +19,14 @@ from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, s
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from utils.diffusion.objectives import OBJECTIVES, Objective, training_scheduler
 from utils.draws import PositionBatches, identity
 from utils.errors import UserError
 from utils.files import make_folder, names_in, write_text
+from utils.latents.cache import LatentCache
 from utils.training.control import SIGNALS, RunControl
-from utils.training.ema import EMA
-from utils.training.sharding import join_fsdp, whole_copy
+from utils.training.held_out import HeldOut, hold_out, open_split
+from utils.training.sharding import join_fsdp
 
 logger = logging.getLogger(__name__)
 
@@ -207,21 +207,33 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
     return {k: v if k == "positions" else v.to(device, non_blocking=True) for k, v in batch.items()}
 
 
-@contextmanager
-def averaged_weights(accelerator: Accelerator, model: Any, ema: EMA | None) -> Iterator[Any]:
-    """Gives the model with its EMA weights and in evaluation mode; afterwards the model that trains is exactly as
-    before. Of a model that is divided among processes the main one gets a whole copy, the others None.
-    """
-    if accelerator.is_fsdp2:
-        copy = whole_copy(accelerator, model, {} if ema is None else ema.shadow)
-        yield None if copy is None else copy.eval()
-        return
-    if ema is not None:
-        ema.swap(model)
-    model.eval()
-    try:
-        yield model
-    finally:
-        model.train()
-        if ema is not None:
-            ema.swap(model)
+def build_objective(args: Namespace, device: torch.device) -> tuple[Objective, Any]:
+    """The objective, its tables on `device`, and the scheduler that is saved with the model."""
+    scheduler = training_scheduler(
+        args.prediction_type,
+        args.beta_schedule,
+        args.rescale_betas_zero_snr,
+        args.flow_shift,
+        getattr(args, "learned_variance", False),
+    )
+    if (args.prediction_type, args.beta_schedule) == ("epsilon", "squaredcos_cap_v2"):
+        logger.warning(
+            "--beta_schedule squaredcos_cap_v2 with --prediction_type epsilon: the last timesteps are all noise, and "
+            "a sampler multiplies the model's errors there by thousands; v_prediction has no such trouble"
+        )
+    if args.prediction_type == "flow":
+        settings: dict[str, Any] = {"timestep_density": args.timestep_density}
+    else:
+        names = ("snr_gamma", "noise_offset", "input_perturbation")
+        settings = {name: getattr(args, name) for name in names} | {"device": device}
+    return OBJECTIVES[args.prediction_type](scheduler, **settings), scheduler
+
+
+def open_held_out(args: Namespace, cache: LatentCache) -> HeldOut | None:
+    """The latents that evaluations are made on; None without --eval_steps. Raises UserError for a cache that does not
+    fit."""
+    if args.eval_steps is None:
+        return None
+    if args.validation_latents_dir:
+        return open_split(cache, args.validation_latents_dir)
+    return hold_out(cache, args.num_validation_samples)

@@ -6,9 +6,9 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from utils.args import sampling as sample_args
 from utils.args.checks import check_new_folder
 from utils.args.parsing import positive_float, positive_int, refuse_together, required
+from utils.args.sampling import check_sweep
 from utils.crystal import args as crystal_args
 from utils.errors import UserError
-from utils.image.evaluation.args import check_sweep
 
 DEFAULT_CRYSTALS_OF_A_RUN = 500
 OF_SAMPLING = (

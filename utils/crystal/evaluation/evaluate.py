@@ -6,6 +6,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from utils.args.sampling import sweep_points
 from utils.crystal.evaluation.args import DEFAULT_CRYSTALS_OF_A_RUN, parse_targets
 from utils.crystal.evaluation.figures import OF_REQUESTS, groups_of, titles_of
 from utils.crystal.evaluation.judge import Judge
@@ -23,15 +24,14 @@ from utils.crystal.evaluation.samples import (
     read_given,
     shuffled,
 )
-from utils.crystal.export import load_crystal_guide
-from utils.crystal.files import crystal_grid, save_crystals
-from utils.crystal.pipeline import CrystalPipeline
+from utils.crystal.files import save_crystals
+from utils.crystal.pictures import crystal_grid
+from utils.crystal.pipeline import CrystalPipeline, load_crystal_guide
 from utils.crystal.sampler import guidance_settings, sample_crystals
 from utils.diffusion.sampling import sampling_scheduler, usable_device
 from utils.evaluation import report
 from utils.evaluation.figures import rows_at_most
-from utils.image.evaluation.args import sweep_points
-from utils.image.sampler import next_folder
+from utils.runs.load import next_folder
 
 SHOWN = 32  # crystals in a picture
 REMARK = (

@@ -19,8 +19,17 @@ from utils.crystal.evaluation.metrics import (
 from utils.crystal.evaluation.samples import HELD_OUT, SAMPLES, Column, asked_counts
 from utils.crystal.matching import is_structurally_valid, match_pairs
 from utils.crystal.structure import parse_chemical_system
-from utils.evaluation.figures import MIN_FOR_HALVES, Figure, halves_figure, mean_figure, spearman
-from utils.image.evaluation.figures import HIGHER, LOWER, NEITHER, Group
+from utils.evaluation.figures import (
+    HIGHER,
+    LOWER,
+    MIN_FOR_HALVES,
+    NEITHER,
+    Figure,
+    Group,
+    halves_figure,
+    mean_figure,
+    spearman,
+)
 
 METASTABLE = 0.1  # eV per atom above the hull: MatterGen's bound, arXiv 2312.03687
 MAX_TARGETS = 12  # values of a property that get a row each

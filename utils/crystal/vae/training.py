@@ -8,11 +8,9 @@ import torch
 from accelerate import Accelerator
 
 from utils.crystal.codec import reconstruct
-from utils.crystal.data.stream import crystal_batches
-from utils.crystal.data.table import CrystalTable
+from utils.crystal.data.table import CrystalTable, crystal_batches
 from utils.crystal.matching import match_pairs
-from utils.crystal.vae.losses import CrystalPrediction, reconstruction_losses
-from utils.crystal.vae.network import CrystalVAE
+from utils.crystal.vae.network import CrystalPrediction, CrystalVAE, reconstruction_losses
 from utils.files import make_folder, write_json
 from utils.latents.posterior import PosteriorStatistics, PosteriorSums
 from utils.training.held_out import in_fixed_order

@@ -5,8 +5,8 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from utils.args import sampling as sample_args
 from utils.args.checks import check_new_folder
 from utils.args.parsing import positive_int, required
+from utils.args.sampling import SWEEPS, check_sweep
 from utils.errors import UserError
-from utils.image.evaluation.args import SWEEPS, check_sweep
 
 CELLS_AT_ONCE = 1024  # they are small
 SPLITS = ("train", "val", "test", "all")

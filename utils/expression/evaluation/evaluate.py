@@ -10,16 +10,17 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from utils.args.sampling import sweep_points
 from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.diffusion.sampling import sampling_scheduler, usable_device
 from utils.errors import UserError
 from utils.evaluation import report
+from utils.evaluation.figures import Group, over_seeds
 from utils.expression import sampler as expression_requests
-from utils.expression.evaluation.cells import MIN_CELLS
-from utils.expression.evaluation.figures import groups_by_type, groups_of, over_seeds, titles_of
+from utils.expression.evaluation.figures import groups_by_type, groups_of, titles_of
 from utils.expression.evaluation.judge import Judge
 from utils.expression.evaluation.nulls import Posterior, columns_beside, laws_of_nulls
-from utils.expression.evaluation.real import Real, open_real
+from utils.expression.evaluation.real import MIN_CELLS, Real, open_real
 from utils.expression.evaluation.samples import (
     GAUSSIAN,
     SAMPLES,
@@ -36,14 +37,10 @@ from utils.expression.evaluation.samples import (
     sampled_column,
     text_columns_of,
 )
-from utils.expression.evaluation_pictures import check_umap, marker_plot, shown, umap_points
-from utils.expression.export import load_expression_guide
 from utils.expression.files import save_cells
-from utils.expression.pictures import scatter_grid
-from utils.expression.pipeline import ExpressionPipeline
-from utils.image.evaluation.args import sweep_points
-from utils.image.evaluation.figures import Group
-from utils.image.sampler import next_folder
+from utils.expression.pictures import check_umap, marker_plot, scatter_grid, shown, umap_points
+from utils.expression.pipeline import ExpressionPipeline, load_expression_guide
+from utils.runs.load import next_folder
 
 REMARK = (
     "All columns are judged against the same test cells by the same functions, and normalised by the sum of the genes "

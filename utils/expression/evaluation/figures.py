@@ -1,14 +1,24 @@
 """Which figures of cells there are, what each needs, and why one cannot be had: chosen by table."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
-from utils.errors import UserError
-from utils.evaluation.figures import MIN_FOR_HALVES, Figure, halves_figure, spearman
-from utils.expression.evaluation.cells import Cells, equal_numbers, per_type
-from utils.expression.evaluation.judge import Judge
-from utils.expression.evaluation.markers import marker_figures, train_on_synthetic_test_on_real
+from utils.evaluation.figures import (
+    HIGHER,
+    LOWER,
+    MIN_FOR_HALVES,
+    NEITHER,
+    Figure,
+    Found,
+    Group,
+    attempt,
+    halves_figure,
+    merged,
+    spearman,
+)
+from utils.expression.evaluation.judge import Judge, train_on_synthetic_test_on_real
+from utils.expression.evaluation.markers import marker_figures
 from utils.expression.evaluation.metrics import (
     MAX_JUDGED,
     distance_figures,
@@ -18,11 +28,10 @@ from utils.expression.evaluation.metrics import (
     memorising_figures,
     random_forest_figures,
 )
+from utils.expression.evaluation.real import Cells, equal_numbers, per_type
 from utils.expression.evaluation.samples import CEILING, CONTROL, SAMPLES, Column
-from utils.image.evaluation.figures import HIGHER, LOWER, NEITHER, Group
 
 MIN_OF_TYPE = 20  # cells on both sides, for figures of a type by itself
-Found = tuple[dict[str, Figure], dict[str, str]]  # figures, and what is not measured with the reason
 
 # name -> what stands in tables, and which way is better
 TITLES: dict[str, tuple[str, str]] = {
@@ -48,24 +57,6 @@ TITLES: dict[str, tuple[str, str]] = {
 }
 NO_CLASSIFIER = "needs --training_data, which the classifier learns from"
 NEED_TYPES = ("accuracy", "train_on_samples", "marker_overlap", "lfc_slope", "lfc_correlation")
-
-
-def attempt(names: Sequence[str], function: Callable[[], dict[str, Figure]]) -> Found:
-    """The figures of a function, or why they cannot be had."""
-    try:
-        return function(), {}
-    except UserError as error:
-        return {}, dict.fromkeys(names, str(error))
-
-
-def merged(*parts: Found) -> Found:
-    """All of several."""
-    figures: dict[str, Figure] = {}
-    missing: dict[str, str] = {}
-    for its_figures, its_missing in parts:
-        figures |= its_figures
-        missing |= its_missing
-    return figures, missing
 
 
 # ---- figures
@@ -226,33 +217,3 @@ def titles_of(judge: Judge) -> dict[str, tuple[str, str]]:
     for kind in sorted(set(labels)) if labels is not None else []:
         titles |= {f"{name} of {kind}": (str(kind), "") for name in IN_TYPES}
     return titles
-
-
-# ---- seeds
-
-
-def over_seeds(trials: Sequence[list[Group]]) -> list[Group]:
-    """The mean of each figure over seeds, with the lowest and the highest of them in place of the interval; as they
-    are of a single seed. What cannot be had of each seed is not measured.
-    """
-    if len(trials) == 1:
-        return trials[0]
-    found = []
-    for title in dict.fromkeys(group.features for groups in trials for group in groups):
-        of_title = [group for groups in trials for group in groups if group.features == title]
-        names = dict.fromkeys(name for group in of_title for name in group.figures)
-        lists = {name: [group.figures[name] for group in of_title if name in group.figures] for name in names}
-        figures = {name: mean_of(each) for name, each in lists.items() if len(each) == len(trials)}
-        missing = {name: why for group in of_title for name, why in group.not_measured.items() if name not in figures}
-        found.append(Group(title, figures, missing))
-    return found
-
-
-def mean_of(figures: Sequence[Figure]) -> Figure:
-    """One figure of several seeds; the note has their standard deviation and the mean interval of one."""
-    values = np.array([figure.value for figure in figures])
-    low, high = (float(np.mean([getattr(figure, side) for figure in figures])) for side in ("low", "high"))
-    note = f"std {values.std(ddof=1):.2g}; of one seed {low:.4g} to {high:.4g} by {figures[0].interval}"
-    note += f"; {figures[0].note}" if figures[0].note else ""
-    spread = (float(values.mean()), float(values.min()), float(values.max()))
-    return Figure(*spread, figures[0].num_samples, f"lowest and highest of {len(figures)} seeds", note)

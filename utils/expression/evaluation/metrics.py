@@ -13,7 +13,7 @@ import torch
 from utils.errors import UserError
 from utils.evaluation.figures import CONFIDENCE, Figure, half_sampling_figure, mean_figure, random_halves
 from utils.evaluation.neighbours import MIN_HELD_OUT, copy_figures, nearest
-from utils.expression.evaluation.cells import Cells, check_alike, equal_numbers, pooled_space, principal_components
+from utils.expression.evaluation.real import Cells, check_alike, equal_numbers, pooled_space, principal_components
 
 MAX_JUDGED = 2_000  # of each set, drawn at random: by forests and for the mixing
 MAX_PAIRED = 1_000  # of each set, for the distances: the optimal assignment takes the cube of it

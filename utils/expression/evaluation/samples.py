@@ -12,15 +12,12 @@ from utils.errors import UserError
 from utils.evaluation.figures import rows_at_most
 from utils.expression.data.source import open_cells, shortened
 from utils.expression.data.table import CellTable, text_labels
-from utils.expression.evaluation.cells import MIN_CELLS, Cells
-from utils.expression.evaluation.real import Real, cells_of
-from utils.expression.export import load_expression_run
+from utils.expression.evaluation.real import MIN_CELLS, Cells, Real, cells_of
 from utils.expression.files import CELLS_FILE
-from utils.expression.pipeline import ExpressionPipeline
-from utils.image.pipeline import find_run
+from utils.expression.pipeline import ExpressionPipeline, load_expression_run
 from utils.latents.columns import category_name
+from utils.runs.load import find_run
 from utils.runs.requests import Columns
-from utils.runs.run_folder import check_modality
 
 SAMPLES, CONTROL, CEILING = "samples", "control: real cells", "ceiling: reconstructions"
 GAUSSIAN, BINOMIALS, PRIOR = "null: Gaussian", "null: negative binomials", "null: prior"
@@ -115,10 +112,9 @@ def is_number(table: CellTable | None, name: str) -> bool:
 
 def load_model(path: Path, ema_sigma_rel: float | None) -> tuple[Path, ExpressionPipeline]:
     """The folder of the run of --model, which a checkpoint lies in, and the run. Raises UserError for a folder that is
-    none, or a run of another modality.
+    none.
     """
     run_dir, _, _ = find_run(path, "--model")
-    check_modality(path, "expression")
     return run_dir, load_expression_run(path, ema_sigma_rel)
 
 

@@ -18,8 +18,7 @@ from utils.expression.data.table import CellTable
 from utils.expression.vae.likelihoods import LIKELIHOODS, CountParameters
 from utils.expression.vae.network import PER_CELL, ExpressionVAE
 from utils.files import make_folder, read_json, replace_durably, temporary_path, write_json
-from utils.image.vae.losses import kl_to_standard_normal
-from utils.latents.posterior import GaussianPosterior, PosteriorStatistics, PosteriorSums
+from utils.latents.posterior import GaussianPosterior, PosteriorStatistics, PosteriorSums, kl_to_standard_normal
 
 logger = logging.getLogger(__name__)
 BATCH_SIZE = 256

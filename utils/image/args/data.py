@@ -1,9 +1,10 @@
 """Arguments that scripts share, about data: which images, what is cached of them. Imports no torch."""
 
 import os
-from argparse import ArgumentParser, BooleanOptionalAction
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 
-from utils.args.parsing import fraction, non_negative_int, positive_int
+from utils.args.parsing import non_negative_int, positive_int
+from utils.errors import UserError
 
 
 def add_dataset_args(parser: ArgumentParser) -> None:
@@ -36,27 +37,6 @@ def add_dataset_args(parser: ArgumentParser) -> None:
         help="What transparent images are laid on.",
     )
     group.add_argument("--max_samples", type=positive_int, default=None, help="Use the first N rows only.")
-
-
-def add_condition_args(parser: ArgumentParser) -> None:
-    """What is cached beside the images, and how the dataset is read for it."""
-    group = parser.add_argument_group("captions and labels")
-    group.add_argument(
-        "--caption_column", default=None, help="Text, or a list of texts of which one is drawn per epoch."
-    )
-    group.add_argument("--label_column", default=None, help="Class label: an integer.")
-    group.add_argument(
-        "--streaming",
-        action=BooleanOptionalAction,
-        default=False,
-        help="Read the dataset without downloading it whole.",
-    )
-    group.add_argument(
-        "--max_skipped_fraction",
-        type=fraction,
-        default=0.05,
-        help="Stop if more than this share of images is unreadable.",
-    )
 
 
 def add_cache_args(parser: ArgumentParser) -> None:
@@ -104,3 +84,20 @@ def add_cache_args(parser: ArgumentParser) -> None:
     group.add_argument(
         "--decode_workers", type=positive_int, default=min(8, os.cpu_count() or 1), help="Threads that decode images."
     )
+
+
+def check_condition_column(args: Namespace, name: str) -> None:
+    """Refuses a dataset without the column that the model is conditioned on, before it is encoded."""
+    if (args.dataset_name or args.train_data_dir) and getattr(args, name) is None:
+        raise UserError(f"--{name} is required with a dataset: name the column that holds the {name.split('_')[0]}s")
+
+
+def check_codec_args(args: Namespace) -> None:
+    """Settles what makes the latents: with --codec pixels nothing does."""
+    if args.codec == "vae":
+        return
+    vae = "pretrained_vae_model_name_or_path"
+    if vae in args.given and getattr(args, vae) != args.codec:  # args.yaml of a run names both
+        raise UserError(f"--codec {args.codec} with --{vae}: images without a VAE need none; leave one out")
+    setattr(args, vae, args.codec)
+    args.given.add(vae)

@@ -2,17 +2,11 @@
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Any
 
-from utils.args.parsing import non_negative_float, positive_float, positive_int, refuse_together
+from utils.args.parsing import positive_int, refuse_together
+from utils.args.sampling import SWEEPS, check_sweep
 from utils.errors import UserError
 
-# What a sweep can go over: flags of sampling, and how their values are read.
-SWEEPS = {
-    "guidance_scale": non_negative_float,
-    "num_inference_steps": positive_int,
-    "ema_sigma_rel": positive_float,
-}
 METRIC_NAMES = ("fid", "kid", "cmmd", "inception_score", "prdc", "clip_score", "copies")
 DEFAULT_SAMPLES_OF_A_RUN = 5000
 OF_SAMPLING = (
@@ -127,30 +121,6 @@ def check_eval_args(args: Namespace) -> None:
         raise UserError("--features: the same features are named twice; name them once")
     if args.sweep:
         check_sweep(args)
-
-
-def check_sweep(args: Namespace) -> None:
-    """Refuses a sweep over nothing."""
-    name, *values = args.sweep
-    if name not in SWEEPS:
-        raise UserError(f"--sweep {name}: expected one of {', '.join(SWEEPS)}")
-    if len(values) < 2 or len(set(values)) < len(values):
-        raise UserError(f"--sweep {name}: expected at least two values, each once, found {' '.join(values) or 'none'}")
-    if name in args.given:
-        raise UserError(f"--{name} with --sweep {name}: the sweep sets it; leave one out")
-    sweep_points(args)  # words for numbers are said before anything is loaded
-
-
-def sweep_points(args: Namespace) -> list[dict[str, Any]]:
-    """The flags that each point sets; a single empty one without a sweep. Raises UserError for values of another
-    type."""
-    if not args.sweep:
-        return [{}]
-    name, *texts = args.sweep
-    try:
-        return [{name: SWEEPS[name](text)} for text in texts]
-    except Exception as error:  # argparse's own error is no ValueError
-        raise UserError(f"--sweep {name}: {error}") from error
 
 
 def is_statistics_file(what: str | None) -> bool:

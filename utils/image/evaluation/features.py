@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 from utils.files import read_json
-from utils.image.codec import load_component, weights_hash
+from utils.frozen import load_component, weights_hash
 from utils.image.evaluation.classifier import ImageClassifier
 from utils.image.text import import_open_clip, load_open_clip_model
 

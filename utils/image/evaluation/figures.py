@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.evaluation.figures import Figure, at_most, rows_at_most
+from utils.evaluation.figures import HIGHER, LOWER, NEITHER, Figure, Group, at_most, rows_at_most
 from utils.evaluation.neighbours import (
     COPY_QUANTILE,
     MAX_QUERIES,
@@ -29,7 +29,6 @@ from utils.image.evaluation.metrics import (
 )
 
 MIN_SAMPLES = 20  # fewer have no halves to speak of
-LOWER, HIGHER, NEITHER = "lower", "higher", ""
 
 
 @dataclass(frozen=True)
@@ -206,15 +205,6 @@ TITLES: dict[str, tuple[str, str]] = {
     "copies": ("share of copies", LOWER),
     "nearest_ratio": ("distance to training images", NEITHER),
 }
-
-
-@dataclass
-class Group:
-    """Figures of the same features: they may stand in one table, those of others may not."""
-
-    features: str
-    figures: dict[str, Figure]
-    not_measured: dict[str, str]
 
 
 def refuse_impossible(names: list[str], evidences: list[Evidence]) -> None:

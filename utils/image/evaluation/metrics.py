@@ -17,6 +17,7 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.evaluation.figures import (
     HALF_SAMPLING,
+    MAX_PAIRED,
     Figure,
     at_most,
     half_sampling_figure,
@@ -26,7 +27,6 @@ from utils.evaluation.figures import (
 )
 
 ENOUGH_FOR_LIMIT = 5  # samples for each feature
-MAX_PAIRED = 10_000  # images of either side, drawn at random, where every pair of them counts
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from utils.image.vae.losses import kl_to_standard_normal
+from utils.latents.posterior import kl_to_standard_normal
 
 
 class VAEPreset(NamedTuple):

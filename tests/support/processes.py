@@ -11,6 +11,7 @@ import runpy
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # One thread, so that runs can be compared bit for bit, and never a GPU: a process forked after CUDA started cannot use it.
 ENVIRONMENT = {
@@ -302,3 +303,31 @@ def with_random_weights(model: Any, seed: int = 0) -> Any:
             if parameter.ndim == 1 or not parameter.any():
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
     return model.eval()
+
+
+def run_script(
+    script: str, *flags: str | Path | int | float, processes: int = 1, timeout: float = 300, check: bool = True
+):
+    """Runs a top-level script in a process of its own, from the repository, with one thread (so that runs can be compared
+    bit for bit); with `processes` 2, under torch's launcher as gloo on the CPU."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    env = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [*launcher, str(ROOT / script), *map(str, flags)]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+    if check and result.returncode:
+        raise AssertionError(f"{' '.join(command)}\nexit code {result.returncode}\n{result.stdout}\n{result.stderr}")
+    return result
+
+
+def refused(result) -> str:
+    """The one line that a script which refuses its input prints; fails unless it exits with 2 and prints no traceback."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
+    return result.stderr.strip().splitlines()[-1]

@@ -13,135 +13,20 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted(ROOT.glob("*.py"))
-TOOLS = sorted([*ROOT.glob("demo/*.py"), *ROOT.glob("benchmarks/*.py")])
-
-# The modules of `utils` that may take the parsed arguments: run set-up, and the one script that others run first.
-SEES_ARGS = (
-    "args",
-    "setup",
-    "networks",
-    "base",
-    "precompute",
-    "encoding",
-    "sampler",
-    "evaluate",
-    "row_source",
-    "column_runs",
+from tests.structure.sources import (
+    FUNCTIONS,
+    ROOT,
+    SCRIPT_SOURCES,
+    SCRIPTS,
+    TOOL_SOURCES,
+    UTILS,
+    all_arguments,
+    assert_none,
+    check_each,
 )
 
 MAX_LINES_OF_SCRIPT, MAX_LINES_OF_UTILS, MAX_NESTING = 260, 400, 5
-HEAVY = {
-    "open_clip",
-    "bitsandbytes",
-    "xformers",
-    "peft",
-    "pymatgen",
-    "spglib",
-    "smact",
-    "ase",
-    "anndata",
-    "scanpy",
-    "skmisc",
-    "h5py",
-    "torchmetrics",
-    "torch_fidelity",
-    "gradio",
-}
 BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.TryStar, ast.Match)
-FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-
-
-def module_name(path: Path) -> str:
-    """`utils/models/dit.py` is `utils.models.dit`, `utils/models/__init__.py` is `utils.models`."""
-    parts = list(path.relative_to(ROOT).with_suffix("").parts)
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def sources(paths: list[Path]) -> dict[str, str]:
-    return {module_name(path): path.read_text(encoding="utf-8") for path in paths}
-
-
-UTILS = sources(sorted(ROOT.glob("utils/**/*.py")))
-PACKAGES = {module_name(path) for path in ROOT.glob("utils/**/__init__.py")}
-
-
-# ---- who imports whom
-
-
-def imported_names(source: str, module: str, is_package: bool = False) -> Iterator[str]:
-    """Every dotted name that a file may import, wherever the statement stands; relative imports made absolute."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parents = module.split(".")
-                parents = parents[: len(parents) - node.level + is_package]
-                base = ".".join([*parents, *filter(None, [node.module])])
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
-
-
-def import_graph(modules: dict[str, str], packages: set[str]) -> dict[str, set[str]]:
-    """Which of the modules each of them imports. The package that a module lies in is no import of its own."""
-    graph = {}
-    for module, source in modules.items():
-        names = set(imported_names(source, module, module in packages)) & modules.keys()
-        parents = {name for name in names if name in packages and any(n.startswith(name + ".") for n in names)}
-        graph[module] = names - parents - {module}
-    return graph
-
-
-def faults_of_absent_modules(source: str, module: str, modules: set[str]) -> list[str]:
-    """An import inside a function may name a module that does not exist, and nobody notices until it runs."""
-    names = {name for name in imported_names(source, module) if name.startswith("utils.")}
-    absent = {name for name in names if name not in modules and name.rpartition(".")[0] not in modules}
-    return [f"{module} imports {name}, which does not exist" for name in sorted(absent)]
-
-
-def faults_of_circles(modules: dict[str, str], packages: set[str]) -> list[str]:
-    graph = import_graph(modules, packages)
-    faults, finished = [], set()
-
-    def visit(module: str, path: list[str]) -> None:
-        if module in path:
-            faults.append("a circle of imports: " + " -> ".join([*path[path.index(module) :], module]))
-        elif module not in finished:
-            for other in sorted(graph[module]):
-                visit(other, [*path, module])
-            finished.add(module)
-
-    for module in graph:
-        visit(module, [])
-    return faults
-
-
-def faults_of_first_party_imports(source: str, module: str, forbidden: set[str]) -> list[str]:
-    """Scripts and `utils` know nothing of scripts, of the demo, of benchmarks and of tests."""
-    tops = {name.partition(".")[0] for name in imported_names(source, module)}
-    return [f"{module} imports {top}; of this repository it may import only utils" for top in sorted(tops & forbidden)]
-
-
-def statements_on_import(tree: ast.AST) -> Iterator[ast.AST]:
-    """The statements that run when a file is imported: all but the bodies of functions and of `if TYPE_CHECKING`."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, FUNCTIONS) or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
-            continue
-        yield node
-        yield from statements_on_import(node)
-
-
-def faults_of_heavy_imports(source: str, module: str) -> list[str]:
-    faults = []
-    for node in statements_on_import(ast.parse(source)):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-            for top in sorted({name.partition(".")[0] for name in names} & HEAVY):
-                faults.append(f"{module}:{node.lineno} imports {top} with the file; import it where it is used")
-    return faults
 
 
 # ---- budgets
@@ -191,20 +76,6 @@ def faults_of_training_in_utils(source: str, module: str) -> list[str]:
             if "optimizer" in names and "batch" in names.replace("batch_size", ""):
                 faults.append(f"{module}:{node.lineno} {node.name} takes optimizer and batch: a trainer in disguise")
     return faults
-
-
-def all_arguments(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
-    return [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
-
-
-def faults_of_seeing_args(source: str, module: str) -> list[str]:
-    if "args" in module.split(".") or module.rpartition(".")[2] in SEES_ARGS:
-        return []
-    return [
-        f"{module}:{node.lineno} {node.name} takes args; outside scripts and run set-up, take named values"
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, FUNCTIONS) and any(argument.arg == "args" for argument in all_arguments(node))
-    ]
 
 
 def faults_of_literals(source: str, module: str) -> list[str]:
@@ -300,35 +171,6 @@ def names_called(tree: ast.AST) -> set[str]:
 
 # ---- the tree as it is
 
-SCRIPT_SOURCES, TOOL_SOURCES = sources(SCRIPTS), sources(TOOLS)
-OUTSIDERS = {path.stem for path in SCRIPTS} | {"demo", "benchmarks", "tests"}
-
-
-def assert_none(faults: list[str]) -> None:
-    assert not faults, "\n" + "\n".join(faults)
-
-
-def check_each(check: Callable[..., list[str]], modules: dict[str, str], *rest: object) -> None:
-    assert_none([fault for module, source in modules.items() for fault in check(source, module, *rest)])
-
-
-def test_modules_that_are_imported_exist() -> None:
-    check_each(faults_of_absent_modules, SCRIPT_SOURCES | TOOL_SOURCES | UTILS, set(UTILS))
-
-
-def test_no_circles() -> None:
-    assert_none(faults_of_circles(UTILS, PACKAGES))
-
-
-def test_scripts_and_utils_import_only_utils() -> None:
-    check_each(faults_of_first_party_imports, SCRIPT_SOURCES | UTILS, OUTSIDERS)
-    # tools may use their neighbours in the same folder, but no script
-    check_each(faults_of_first_party_imports, TOOL_SOURCES, {path.stem for path in SCRIPTS} | {"tests"})
-
-
-def test_heavy_packages_are_imported_where_they_are_used() -> None:
-    check_each(faults_of_heavy_imports, SCRIPT_SOURCES | TOOL_SOURCES | UTILS)
-
 
 def test_length() -> None:
     check_each(faults_of_length, SCRIPT_SOURCES | TOOL_SOURCES, MAX_LINES_OF_SCRIPT)
@@ -341,10 +183,6 @@ def test_nesting() -> None:
 
 def test_training_stays_in_scripts() -> None:
     check_each(faults_of_training_in_utils, UTILS)
-
-
-def test_only_scripts_and_run_setup_see_args() -> None:
-    check_each(faults_of_seeing_args, UTILS)
 
 
 def test_no_literal_scaling_factor() -> None:
@@ -404,31 +242,17 @@ def dead(script: str, *utils: str) -> list[str]:
     return faults_of_dead_options({"train": script}, {f"utils.m{i}": source for i, source in enumerate(utils)})
 
 
-def circles(**modules: str) -> list[str]:
-    return faults_of_circles({f"utils.{name}": text for name, text in modules.items()}, {"utils"})
-
-
 def run_help(program: str) -> list[str]:
     return faults_of_help_run([sys.executable, "-X", "importtime", "-c", program], "planted")
 
 
 PLANTED: dict[str, Callable[[], list[str]]] = {
-    "absent module": lambda: faults_of_absent_modules("def f():\n    from utils.b import x", "m", {"utils.a"}),
-    "circle of two": lambda: circles(a="import utils.b", b="def f():\n    from utils.a import x"),
-    "circle of three": lambda: circles(a="from . import b", b="from .c import x", c="from utils import a"),
-    "script imports a script": lambda: faults_of_first_party_imports("import sample", "train", {"sample"}),
-    "utils import the demo": lambda: faults_of_first_party_imports("from demo.x import y", "utils.a", {"demo"}),
-    "heavy import": lambda: faults_of_heavy_imports("import peft", "m"),
-    "heavy import of a part": lambda: faults_of_heavy_imports("from torchmetrics.image import x", "m"),
-    "heavy import in a try": lambda: faults_of_heavy_imports("try:\n    import xformers\nexcept E:\n    pass", "m"),
-    "heavy import in a class": lambda: faults_of_heavy_imports("class A:\n    import gradio", "m"),
     "too long": lambda: faults_of_length("x = 1\n" * 251, "m", 250),
     "too deep": lambda: faults_of_nesting(DEEP, "m"),
     "too deep below else": lambda: faults_of_nesting(DEEP_ELSE, "m"),
     "backward": lambda: faults_of_training_in_utils("accelerator.backward(loss)", "m"),
     "optimizer step": lambda: faults_of_training_in_utils("def f(o):\n    o.optimizer.step()", "m"),
     "trainer in disguise": lambda: faults_of_training_in_utils("def f(model, optimizer, batch): pass", "m"),
-    "args in utils": lambda: faults_of_seeing_args("def f(args): pass", "utils.image.codec"),
     "literal scaling": lambda: faults_of_literals("latents = 0.18215 * latents", "m"),
     "no help": lambda: faults_of_help("p.add_argument('--depth')", "m"),
     "empty help": lambda: faults_of_help("p.add_argument('--depth', help=' ')", "m"),
@@ -447,10 +271,6 @@ PLANTED: dict[str, Callable[[], list[str]]] = {
 }
 
 SOUND: dict[str, Callable[[], list[str]]] = {
-    "a module that exists": lambda: faults_of_absent_modules("from utils.a.b import x", "m", {"utils.a.b"}),
-    "no circle": lambda: circles(a="from utils import b, c", b="from .c import x", c="import torch"),
-    "heavy import in a function": lambda: faults_of_heavy_imports("def f():\n    import peft", "m"),
-    "heavy import for types": lambda: faults_of_heavy_imports("if TYPE_CHECKING:\n    import peft", "m"),
     "a chain of elif": lambda: faults_of_nesting("if a: pass\n" + "elif b: pass\n" * 9, "m"),
     "scheduler step": lambda: faults_of_training_in_utils("scheduler.step(x)\nema.step(model)", "m"),
     "read as an attribute": lambda: dead(FLAG + "print(args.depth)"),

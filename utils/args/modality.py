@@ -1,0 +1,25 @@
+"""What a row of the table of modalities says. Imports no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.files import read_json
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One kind of data: a folder of `utils` with rooms of fixed names, and what scripts must know of it."""
+
+    name: str  # its folder, and what --modality takes
+    samples: str  # for messages and progress bars
+    autoencoder: str  # the class by which a run's folder is told; "" is any other
+
+    def is_run(self, path: Path) -> bool:
+        """Whether a run's folder, or one of its checkpoints, is of this modality, by the class of its autoencoder."""
+        return self.autoencoder in autoencoders_of(path)
+
+
+def autoencoders_of(path: Path) -> list[str]:
+    """The class of the autoencoder in a run's folder, or beside one of its checkpoints."""
+    configs = (folder / "vae" / "config.json" for folder in (path, path.parent))
+    return [str(read_json(each).get("_class_name")) for each in configs if each.is_file()]

@@ -1,0 +1,26 @@
+"""Flags of captions and labels. Imports no torch."""
+
+from argparse import ArgumentParser, BooleanOptionalAction
+
+from utils.args.parsing import fraction
+
+
+def add_condition_args(parser: ArgumentParser) -> None:
+    """What is cached beside the images, and how the dataset is read for it."""
+    group = parser.add_argument_group("captions and labels")
+    group.add_argument(
+        "--caption_column", default=None, help="Text, or a list of texts of which one is drawn per epoch."
+    )
+    group.add_argument("--label_column", default=None, help="Class label: an integer.")
+    group.add_argument(
+        "--streaming",
+        action=BooleanOptionalAction,
+        default=False,
+        help="Read the dataset without downloading it whole.",
+    )
+    group.add_argument(
+        "--max_skipped_fraction",
+        type=fraction,
+        default=0.05,
+        help="Stop if more than this share of images is unreadable.",
+    )
