@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from utils.diffusion.denoiser import draw_drops
+    from utils.diffusion.denoiser import JointDenoiser, draw_drops
     from utils.draws import SampleDraws
     from utils.expression import pipeline as expression_pipeline
     from utils.expression import setup as expression_runs
@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
     denoiser = expression_runs.build_vector_denoiser(args, cache)
     pipeline = expression_pipeline.make_pipeline(denoiser, cache, scheduler)
     if args.joint_vae:
-        denoiser = expression_runs.join(args, denoiser, pipeline.vae, cache)
+        denoiser = JointDenoiser(denoiser, pipeline.vae.requires_grad_(True))
     held_out = setup.open_held_out(args, cache)
     num_rows = cache.spec.num_rows - (args.num_validation_samples or 0)  # that are trained on
     samples = CellSamples(

@@ -22,7 +22,7 @@ from utils.expression.modality import EXPRESSION
 from utils.expression.vae.network import ExpressionVAE
 from utils.frozen import component_path
 from utils.latents.spec import LatentSpec, Normalisation
-from utils.runs.load import OF_VAE, check_guide, check_weights, checkpoint_weights, load_parts
+from utils.runs.load import OF_VAE, check_guide, checkpoint_weights, load_parts
 from utils.runs.save import model_card as card_of
 from utils.runs.save import save_parts, save_weights
 from utils.training import lora
@@ -101,9 +101,7 @@ COLUMNS_FILE = "training_columns.parquet"
 
 def make_pipeline(denoiser: ConditionalDenoiser, cache: VectorCache, scheduler: Any) -> ExpressionPipeline:
     """A pipeline around the live denoiser. Raises UserError if the VAE is no longer the one that made the cache."""
-    spec = cache.spec
-    vae = load_expression_vae(spec.vae, "--latents_dir")
-    check_weights(vae, spec.vae, spec.fingerprint["vae"]["sha256"])
+    vae = cache.autoencoder()
     kinds = {name: settings["kind"] for name, settings in cache.conditions.items()}
     if vae.config.batch_column:
         kinds.setdefault(vae.config.batch_column, "class")

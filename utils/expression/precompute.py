@@ -68,14 +68,10 @@ def write_cache(
         shape=(dimensions,),
         dtype=DTYPE,
         content="moments",
-        flips=False,
         num_rows=len(table),
         num_skipped=len(table.skipped),
         normalisation={},  # measured on the way
-        captions=None,
-        labels=None,
         vae=args.pretrained_vae_model_name_or_path,
-        text_encoder=None,
         fingerprint=fingerprint,
         columns={name: "text" if values.dtype == object else "number" for name, values in table.obs.items()},
     )

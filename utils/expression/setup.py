@@ -10,7 +10,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from utils.args.columns import parse_conditions
-from utils.diffusion.denoiser import ConditionalDenoiser, JointDenoiser, own_config
+from utils.diffusion.denoiser import ConditionalDenoiser, own_config
 from utils.errors import UserError
 from utils.expression.cache import CONDITION_KINDS, JointCache, VectorCache
 from utils.expression.data.genes import choose_genes
@@ -18,7 +18,6 @@ from utils.expression.data.source import CellSource, open_cells
 from utils.expression.data.table import SPLITS, CellTable, check_labels, read_table, stratified_split
 from utils.expression.modality import EXPRESSION
 from utils.expression.pipeline import load_run_vae
-from utils.expression.vae.network import ExpressionVAE
 from utils.files import remove_unfinished, sha256_json
 from utils.frozen import weights_hash
 from utils.latents.columns import category_name, category_numbers, describe_column
@@ -129,11 +128,15 @@ def names_of_batches(source: CellSource, rows: np.ndarray, column: str) -> list[
 # ---- latents
 
 
-def open_vector_cache(args: Namespace) -> JointCache:
-    """The cache of --latents_dir, which gives the values of the conditions asked for. Raises UserError for a column
-    that is not there or says nothing.
+def open_vector_cache(args: Namespace) -> VectorCache:
+    """The cache of --latents_dir, which gives the values of the conditions asked for; with --joint_vae a `JointCache`.
+    Raises UserError for a column that is not there or says nothing, and for cells that are not those of the cache.
     """
-    cache = JointCache(args.latents_dir, args.latent_normalisation)
+    if args.joint_vae:
+        source = open_cells(args.dataset_name, args.counts_layer)
+        cache: VectorCache = JointCache(args.latents_dir, args.latent_normalisation, source=source)
+    else:
+        cache = VectorCache(args.latents_dir, args.latent_normalisation)
     asked = parse_conditions(args.condition, CONDITION_KINDS, example="cell_type")
     cache.use_conditions({name: describe_column(cache, kind, name) for name, kind in asked.items()})
     warn_of_missing(cache)
@@ -193,11 +196,3 @@ def check_base(args: Namespace, base: ConditionalDenoiser, cache: VectorCache) -
         )
     take_normalisation(args, cache, load_settings(whole)[1])
     use_conditions_of(base, cache, str(run_dir))
-
-
-def join(args: Namespace, denoiser: ConditionalDenoiser, vae: ExpressionVAE, cache: JointCache) -> JointDenoiser:
-    """The denoiser and its autoencoder as one module to train, and a cache that gives the counts of its cells. Raises
-    UserError where the cells are not those of the cache.
-    """
-    cache.attach(args.dataset_name, args.counts_layer, vae)
-    return JointDenoiser(denoiser, vae.requires_grad_(True))

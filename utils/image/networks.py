@@ -11,8 +11,8 @@ from utils.diffusion.conditions import ClassCondition, NoCondition, TextConditio
 from utils.diffusion.denoiser import ConditionalDenoiser, num_tokens, own_config
 from utils.errors import UserError
 from utils.frozen import weights_hash
+from utils.image.cache import ImageCache
 from utils.image.codec import folded_normalisation, load_vae
-from utils.latents.cache import LatentCache
 from utils.latents.spec import LatentSpec, Normalisation
 from utils.models.dit import AFTER_ROUTE, BEFORE_ROUTE, DIT_SIZES, DiT
 from utils.models.unet import UNET_PRESETS, build_unet, unet_config
@@ -22,7 +22,7 @@ from utils.runs.load import find_run, load_settings
 logger = logging.getLogger(__name__)
 
 
-def build_denoiser(args: Namespace, cache: LatentCache, condition: str) -> ConditionalDenoiser:
+def build_denoiser(args: Namespace, cache: ImageCache, condition: str) -> ConditionalDenoiser:
     """A new denoiser for the latents and the condition ("text", "class" or "none") of a cache, by `--model` and
     `--model_size`, or from the run that `--pretrained_model_name_or_path` names.
     """
@@ -124,7 +124,7 @@ def check_routing(tread_ratio: float, model: DiT) -> None:
         )
 
 
-def build_condition(condition: str, cache: LatentCache, config: dict[str, Any], is_dit: bool):
+def build_condition(condition: str, cache: ImageCache, config: dict[str, Any], is_dit: bool):
     """The encoder of a condition, of the width its denoiser takes."""
     spec = cache.spec
     if condition == "none":

@@ -13,6 +13,7 @@ from utils import frozen
 from utils.errors import UserError
 from utils.files import sha256_json
 from utils.image import codec as codecs
+from utils.image.cache import ImageCache
 from utils.image.data.pixels import BACKGROUNDS, Framing
 from utils.image.data.rows import resolve_columns, undecoded
 from utils.image.data.sources import dataset_identity, open_image_dataset
@@ -20,7 +21,6 @@ from utils.image.data.stream import ImageStream
 from utils.image.precompute import build_latent_cache
 from utils.image.text import load_text_encoder
 from utils.image.vae.network import VAE_PRESETS
-from utils.latents.cache import LatentCache
 from utils.latents.parts import pool, readers_of, unevenness
 from utils.latents.spec import LatentSpec, check_fingerprint
 from utils.training.held_out import in_fixed_order
@@ -28,14 +28,14 @@ from utils.training.held_out import in_fixed_order
 logger = logging.getLogger(__name__)
 
 
-def open_cache(args: Namespace, accelerator: Accelerator, output_dir: Path) -> LatentCache:
+def open_cache(args: Namespace, accelerator: Accelerator, output_dir: Path) -> ImageCache:
     """The cache of `--latents_dir`, made first if dataset flags are given. Raises UserError if it is not the one asked
     for.
     """
     if args.dataset_name or args.train_data_dir:
         cache_dir = Path(args.latents_dir or output_dir / "latents")
         build_latent_cache(args, accelerator, cache_dir)
-        return LatentCache(cache_dir, args.latent_normalisation)
+        return ImageCache(cache_dir, args.latent_normalisation)
     if not args.latents_dir:
         raise UserError("give --latents_dir (a latent cache), or --dataset_name or --train_data_dir to make one")
     folder = args.latents_dir.replace("{process}", str(accelerator.process_index))
@@ -52,7 +52,7 @@ def open_cache(args: Namespace, accelerator: Accelerator, output_dir: Path) -> L
     if spec.text_encoder:
         args.pretrained_text_encoder_name_or_path = spec.text_encoder["name"]
         args.text_encoder_library, args.tokenizer_name = spec.text_encoder["library"], spec.text_encoder["tokenizer"]
-    cache = LatentCache(folder, args.latent_normalisation)
+    cache = ImageCache(folder, args.latent_normalisation)
     if "part" in spec.fingerprint:
         parts = [each.fingerprint["part"]["index"] for each in specs]
         reader = readers_of(parts, args.train_batch_size)[accelerator.process_index]
