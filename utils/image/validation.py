@@ -16,6 +16,8 @@ from utils.diffusion.pipelines import LatentDiffusionPipeline
 from utils.diffusion.sampling import fault_of_steps, image_generators, sampling_scheduler
 from utils.errors import UserError
 from utils.image.args.validation import DEFAULT_EVAL_IMAGES
+from utils.image.cache import ImageCache
+from utils.image.conditions import IMAGE_CONDITIONS
 from utils.image.evaluation.features import Features
 from utils.image.evaluation.metrics import Statistics, frechet_distance, polynomial_kernel, squared_mmd
 from utils.image.pictures import labelled_grid
@@ -117,17 +119,6 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], float]] = {"kid": kid, "fid": fi
 EVALUATION_SEED = 0
 
 
-def held_out_requests(held_out: HeldOut, condition: str, count: int) -> list[dict[str, Any]]:
-    """The pipeline's arguments for the captions or labels of the first `count` held-out rows."""
-    rows = held_out.rows[:count]
-    if condition == "text":
-        return [{"prompt": caption} for caption in held_out.cache.first_captions(rows)]
-    if condition == "class":
-        assert held_out.cache.class_labels is not None
-        return [{"class_labels": int(label)} for label in held_out.cache.class_labels[rows]]
-    return [{}] * count
-
-
 class SampleDistance:
     """How far images for the conditions of held-out rows are from those rows, which the VAE decodes too, so that the
     figure is about the denoiser alone. `metric` is one of `DISTANCES`. Every evaluation starts from the same noise.
@@ -139,7 +130,7 @@ class SampleDistance:
         self,
         accelerator: Accelerator,
         frozen: FrozenParts,
-        held_out: HeldOut,
+        held_out: HeldOut[ImageCache],
         features: Features,
         metric: str,
         num_images: int | None,
@@ -162,7 +153,7 @@ class SampleDistance:
             )
         self.accelerator, self.frozen, self.held_out, self.features = accelerator, frozen, held_out, features
         self.metric, self.batch_size = metric, batch_size
-        self.requests = held_out_requests(held_out, condition, count)
+        self.requests = IMAGE_CONDITIONS[condition].requests(held_out.cache, held_out.rows[:count])
         self.settings: dict[str, Any] = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
         self.key = f"validation/{metric}_{features.kind}"
         sampling = f"guidance {guidance_scale:g}, {num_inference_steps} steps"
