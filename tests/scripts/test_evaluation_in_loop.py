@@ -16,10 +16,10 @@ from datasets import load_from_disk
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.scripts.test_sharding import FSDP
 from tests.support.models import cache_flags
 from tests.support.processes import ROOT, Fault, SignalAt, contents, refused, run, scalars
-from tests.test_run_control import OneProcess, clock  # noqa: F401
-from tests.test_sharding import FSDP
+from tests.training.test_control import OneProcess, clock  # noqa: F401
 from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.diffusion.objectives import OBJECTIVES, training_scheduler
 from utils.draws import SampleDraws

@@ -25,7 +25,7 @@ from utils.image.data.pixels import BadImage, Framing, decode_image, resize_and_
 from utils.image.data.rows import ImageColumns, normalise_captions, resolve_columns, undecoded
 from utils.image.data.sources import dataset_identity, open_image_dataset
 
-REAL_DATA = Path(os.environ.get("LDM_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+REAL_DATA = Path(os.environ.get("LDM_TEST_DATA", Path(__file__).parents[4] / "shared" / "data"))
 needs_real_data = pytest.mark.skipif(not (REAL_DATA / "emoji").is_dir(), reason="real data is not here")
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from demo import judge_digits, prepare_digits
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

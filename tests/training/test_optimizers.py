@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator, DistributedType
 from torch import nn
 
+from tests.scripts.test_resume import LATEST, assert_identical, trained
 from tests.support.processes import SignalAt, refused, run, start
-from tests.test_resume import LATEST, assert_identical, trained
 from utils.args import checks as arg_checks
 from utils.args.groups import add_optimizer_args
 from utils.args.parsing import parse_with_config

@@ -5,7 +5,7 @@ from transformers import CLIPTokenizer
 
 from utils.image.text import build_clip_tokenizer, byte_characters, read_merges
 
-CAPTIONS = [
+TOKENIZED = [
     "a handwritten seven",
     "7",
     "A Photo of TWO Dogs, playing (happily) at the beach!",
@@ -24,7 +24,7 @@ def tokenizer() -> CLIPTokenizer:
     return build_clip_tokenizer()
 
 
-@pytest.mark.parametrize("caption", CAPTIONS)
+@pytest.mark.parametrize("caption", TOKENIZED)
 def test_ids_equal_open_clip(tokenizer: CLIPTokenizer, caption: str) -> None:
     import open_clip
 
@@ -54,4 +54,4 @@ def test_a_saved_tokenizer_loads_and_is_the_same(tokenizer: CLIPTokenizer, tmp_p
     tokenizer.save_pretrained(tmp_path)
     loaded = CLIPTokenizer.from_pretrained(tmp_path)
     assert loaded.model_max_length == 77
-    assert loaded(CAPTIONS).input_ids == tokenizer(CAPTIONS).input_ids
+    assert loaded(TOKENIZED).input_ids == tokenizer(TOKENIZED).input_ids
