@@ -1,15 +1,12 @@
-"""Arguments: the command line over the config file over the defaults, and the schedule of the learning rate."""
+"""Arguments: the command line over the config file over the defaults."""
 
 import importlib
-import math
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction
 from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
-from diffusers.optimization import get_scheduler
 
 from utils.args.parsing import (
     fraction,
@@ -20,7 +17,6 @@ from utils.args.parsing import (
     positive_int,
 )
 from utils.errors import UserError
-from utils.training.optimizers import LR_SCHEDULES, learning_rate_at, set_learning_rate
 
 
 def parser():
@@ -293,56 +289,3 @@ def test_repeated_prompts_round_trip(monkeypatch, tmp_path):
     save_args(first, tmp_path, SimpleNamespace(is_main_process=True))
     again = parse_script(monkeypatch, "train_text_to_image_ldm", ["--config", str(tmp_path / "args.yaml")])
     assert again.validation_prompts == first.validation_prompts == prompts
-
-
-# The learning rate
-
-
-@pytest.mark.parametrize("warmup_steps", [0, 1, 10])
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_learning_rate_is_diffusers(schedule, warmup_steps):
-    """After the warm-up the rate is that of diffusers' get_scheduler; during it that of one step later, for the first
-    step of ours is not wasted at zero."""
-    peak, total = 3e-4, 60
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)
-    name = "constant_with_warmup" if schedule == "constant" else schedule
-    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total)
-    truth = []
-    for _ in range(total + 1):
-        truth.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    for step in range(total):
-        expected = truth[step + 1] if step < warmup_steps else truth[step]
-        if step + 1 == warmup_steps:
-            expected = peak
-        assert learning_rate_at(step, peak, schedule, warmup_steps, total) == pytest.approx(
-            expected, rel=1e-9, abs=1e-15
-        )
-
-
-def test_constant_with_decay():
-    """Constant for four fifths, then a straight line to zero (arXiv 2405.18392, section 3)."""
-    rates = [learning_rate_at(step, 1.0, "constant_with_decay", 0, 100) for step in range(101)]
-    assert rates[:81] == pytest.approx([1.0] * 81)
-    assert rates[80:101] == pytest.approx([1 - i / 20 for i in range(21)])
-
-
-@pytest.mark.parametrize("schedule", LR_SCHEDULES)
-@pytest.mark.parametrize("warmup_steps", [0, 5, 100, 500])
-def test_learning_rate_stays_in_range(schedule, warmup_steps):
-    """Every step has a rate in (0, peak], the warm-up rises, and a warm-up longer than the run is only a warm-up."""
-    rates = [learning_rate_at(step, 2e-4, schedule, warmup_steps, 100) for step in range(100)]
-    assert all(0 < rate <= 2e-4 * (1 + 1e-12) for rate in rates)
-    assert rates[:warmup_steps] == pytest.approx(
-        [2e-4 * (i + 1) / warmup_steps for i in range(min(warmup_steps, 100))]
-    )
-    assert all(math.isfinite(rate) for rate in rates)
-
-
-def test_set_learning_rate_sets_every_group():
-    """All parameter groups get the rate."""
-    weights = [torch.zeros(1, requires_grad=True) for _ in range(2)]
-    optimizer = torch.optim.AdamW([{"params": weights[:1]}, {"params": weights[1:], "lr": 7.0}], lr=1.0)
-    set_learning_rate(optimizer, 0.25)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]

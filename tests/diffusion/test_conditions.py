@@ -174,26 +174,6 @@ def test_effective_drop_rate(probability):
         assert (rates - probability).abs().max() < 5 * deviation * 10**0.5
 
 
-def test_the_denoiser_has_no_dropout_of_its_own():
-    """The same batch with the same drop mask gives the same prediction in training mode: nothing else is drawn."""
-    from utils.models.dit import DiT
-
-    torch.manual_seed(0)
-    dit = DiT(4, 2, 2, 1, 16, 2, projection_class_embeddings_input_dim=8)
-    denoiser = ConditionalDenoiser(dit, ClassCondition(3, 8)).train()
-    with torch.no_grad():
-        for parameter in denoiser.parameters():
-            parameter.normal_(std=0.1)
-    inputs = (
-        torch.randn(6, 2, 4, 4),
-        torch.full((6,), 9.0),
-        {"class_labels": torch.arange(6) % 3},
-        torch.arange(6) > 3,
-    )
-    first = denoiser(*inputs)
-    assert all(torch.equal(denoiser(*inputs), first) for _ in range(10))
-
-
 # Guidance
 
 

@@ -1,33 +1,16 @@
-"""Codecs: normalisation, folding it into the VAE, hashes and loading, on small autoencoders of diffusers."""
+"""Codecs: encoding, folding normalisation into the VAE, and loading, on small autoencoders of diffusers."""
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
 
+from tests.support.vaes import PER_CHANNEL, random_images, tiny_kl
 from utils import frozen
 from utils.errors import UserError
 from utils.image import codec as codecs
 from utils.latents.spec import Normalisation
-
-# What no plain scaling can say.
-PER_CHANNEL = Normalisation((0.3, -1.2, 2.0, 0.0), (0.5, 1.7, 4.0, 0.25))
-
-
-def tiny_kl(**settings):
-    """8 x 8 latents of 16 x 16 images, with weights large enough that every layer shows."""
-    torch.manual_seed(0)
-    config = {
-        "block_out_channels": (16, 32),
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "latent_channels": 4,
-        "norm_num_groups": 4,
-        "sample_size": 16,
-    }
-    return AutoencoderKL(**(config | settings)).eval()
 
 
 def tiny_vq():
@@ -87,10 +70,6 @@ FAMILIES = {
 }
 
 
-def images(batch=2, size=16):
-    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_encodes_and_decodes(family):
     """Shapes, factor and posterior are those of the architecture, and the latent is what the class itself calls it."""
@@ -98,10 +77,10 @@ def test_every_family_encodes_and_decodes(family):
     vae = make()
     assert codecs.measure_shape(vae) == (channels, factor)
     assert codecs.has_posterior(vae) == has_posterior
-    mean, std = codecs.encode(vae, images())
+    mean, std = codecs.encode(vae, random_images())
     assert mean.shape == (2, channels, 16 // factor, 16 // factor)
     with torch.no_grad():
-        first = vae.encode(images(), return_dict=False)[0]
+        first = vae.encode(random_images(), return_dict=False)[0]
     if has_posterior:
         assert torch.equal(mean, first.mode())
         torch.testing.assert_close(std, first.var.sqrt())
@@ -117,58 +96,6 @@ def test_every_family_encodes_and_decodes(family):
     assert codecs.decode(vae, 100 * mean).abs().max() <= 1
 
 
-# Normalisation
-
-
-@pytest.mark.parametrize("shape", [(5, 4, 3, 2), (5, 7, 4), (5, 4)])
-def test_normalisation_round_trip(shape):
-    """(raw - mean) / std by channel, in float64, and back, for grids (B, C, H, W), sets (B, N, C) and vectors (B, C),
-    and for half-precision caches."""
-    raw = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3
-    normalised = PER_CHANNEL.normalise(raw)
-    axes = (1, -1, 1, 1) if len(shape) == 4 else (-1,)
-    mean, std = np.reshape(PER_CHANNEL.mean, axes), np.reshape(PER_CHANNEL.std, axes)
-    np.testing.assert_allclose(normalised.numpy(), (raw.double().numpy() - mean) / std, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(PER_CHANNEL.denormalise(normalised), raw, rtol=1e-5, atol=1e-5)
-    half = PER_CHANNEL.normalise(raw.half())
-    assert half.dtype == torch.float32
-    torch.testing.assert_close(half, PER_CHANNEL.normalise(raw.half().float()))
-
-
-@pytest.mark.parametrize(
-    ("config", "mean", "std"),
-    [
-        ({"scaling_factor": 0.18215}, 0.0, 1 / 0.18215),
-        ({"scaling_factor": 0.3611, "shift_factor": 0.1159}, 0.1159, 1 / 0.3611),
-        ({"scaling_factor": 0.18215, "shift_factor": None, "latents_mean": None, "latents_std": None}, 0, 1 / 0.18215),
-        ({}, 0.0, 1.0),
-    ],
-)
-def test_normalisation_of_a_vae(config, mean, std):
-    """The config's factors mean what StableDiffusion's pipelines do: (raw - shift_factor) * scaling_factor."""
-    normalisation = Normalisation.of_vae(config, 2)
-    raw = torch.randn(3, 2, 4, 4)
-    truth = (raw - (config.get("shift_factor") or 0)) * config.get("scaling_factor", 1)
-    torch.testing.assert_close(normalisation.normalise(raw), truth)
-    assert normalisation.mean == pytest.approx((mean, mean))
-    assert normalisation.std == pytest.approx((std, std))
-
-
-def test_normalisation_of_a_vae_with_statistics():
-    """`latents_mean` and `latents_std`, flat or as (1, C, 1, 1), are taken per channel."""
-    for wrap in (list, lambda values: [[[[v]] for v in values]]):
-        config = {"scaling_factor": 0.5, "latents_mean": wrap([1.0, -2.0]), "latents_std": wrap([3.0, 4.0])}
-        normalisation = Normalisation.of_vae(config, 2)
-        assert normalisation == Normalisation((1.0, -2.0), (3.0, 4.0))
-
-
-def test_plain_scaling():
-    """One factor without a shift is plain, anything else is not."""
-    assert Normalisation((0.0, 0.0), (5.5, 5.5)).is_plain_scaling()
-    assert not Normalisation((0.0, 0.1), (5.5, 5.5)).is_plain_scaling()
-    assert not Normalisation((0.0, 0.0), (5.5, 5.6)).is_plain_scaling()
-
-
 # Folding
 
 
@@ -180,12 +107,12 @@ def test_plain_scaling():
 def test_folded_vae_works_on_normalised_latents(normalisation):
     """Its posterior is the normalised one, mean and std, and it decodes normalised latents as the original does raw ones."""
     vae = tiny_kl(scaling_factor=0.7, shift_factor=0.1)
-    mean, std = codecs.encode(vae, images())
+    mean, std = codecs.encode(vae, random_images())
     raw = mean + std * torch.randn_like(mean)
     pixels = codecs.decode(vae, raw)
     assert codecs.is_foldable(vae)
     folded = codecs.fold_normalisation(vae, normalisation)
-    folded_mean, folded_std = codecs.encode(folded, images())
+    folded_mean, folded_std = codecs.encode(folded, random_images())
     scale = torch.tensor(normalisation.std).view(1, 4, 1, 1)
     torch.testing.assert_close(folded_mean, normalisation.normalise(mean), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(folded_std, std / scale, rtol=1e-5, atol=1e-5)
@@ -212,7 +139,7 @@ def test_what_was_folded_is_found_again():
 def test_folded_vae_saves_and_loads(tmp_path):
     """After save and load a folded VAE needs no scaling or shift, the way StableDiffusionPipeline decodes."""
     vae = tiny_kl(scaling_factor=0.7, shift_factor=0.1)
-    mean, _ = codecs.encode(vae, images())
+    mean, _ = codecs.encode(vae, random_images())
     pixels = codecs.decode(vae, mean)
     codecs.fold_normalisation(vae, PER_CHANNEL).save_pretrained(tmp_path)
     loaded = AutoencoderKL.from_pretrained(tmp_path)
@@ -245,57 +172,9 @@ def test_export_keeps_plain_scaling(tmp_path, scaling, shift, is_kept):
     exported = export.load_frozen_parts(spec, normalisation, training_scheduler("epsilon")).vae
     assert (exported.config.scaling_factor == scaling) == is_kept
     assert (frozen.weights_hash(exported) == frozen.weights_hash(original)) == is_kept
-    raw, _ = codecs.encode(original, images())
+    raw, _ = codecs.encode(original, random_images())
     latents = normalisation.normalise(raw) / exported.config.scaling_factor  # as StableDiffusionPipeline does
     torch.testing.assert_close(codecs.decode(exported, latents), codecs.decode(original, raw), rtol=1e-5, atol=1e-5)
-
-
-# Hashes
-
-
-def test_hash_knows_every_weight(tmp_path):
-    """One flipped bit, another name, shape or dtype changes the hash; saving and loading, or training state, does not."""
-    vae = tiny_kl()
-    digest = frozen.weights_hash(vae)
-    vae.save_pretrained(tmp_path)
-    assert frozen.weights_hash(AutoencoderKL.from_pretrained(tmp_path)) == digest
-    assert frozen.weights_hash(codecs.load_vae(str(tmp_path))) == digest
-    assert frozen.weights_hash(vae.train().requires_grad_(False)) == digest
-    with torch.no_grad():
-        for parameter in list(vae.parameters())[::7]:
-            kept = parameter.flatten()[-1].clone()
-            parameter.flatten()[-1] = torch.nextafter(kept, torch.tensor(torch.inf))
-            assert frozen.weights_hash(vae) != digest
-            parameter.flatten()[-1] = kept
-    assert frozen.weights_hash(vae) == digest
-    assert frozen.weights_hash(vae.half()) != digest
-
-
-def test_hash_knows_names_and_shapes():
-    """The same bytes under another name or in another shape are another model; buffers count."""
-    hashes = set()
-    for make in (
-        lambda: torch.nn.ParameterDict({"a": torch.zeros(4)}),
-        lambda: torch.nn.ParameterDict({"b": torch.zeros(4)}),
-        lambda: torch.nn.ParameterDict({"a": torch.zeros(2, 2)}),
-        lambda: torch.nn.BatchNorm1d(2),
-    ):
-        hashes.add(frozen.weights_hash(make()))
-    model = torch.nn.BatchNorm1d(2)
-    model.running_mean += 1
-    hashes.add(frozen.weights_hash(model))
-    assert len(hashes) == 5
-
-
-def test_hash_of_bf16_and_scalars():
-    """Dtypes that NumPy lacks, and zero-dimensional tensors, are hashed too."""
-    model = torch.nn.ParameterDict(
-        {"a": torch.ones((), dtype=torch.bfloat16), "b": torch.ones(3, dtype=torch.bfloat16)}
-    )
-    first = frozen.weights_hash(model)
-    with torch.no_grad():
-        model["a"].fill_(2)
-    assert frozen.weights_hash(model) != first
 
 
 # Loading
@@ -310,7 +189,7 @@ def test_load_vae_from_a_folder(tmp_path, family):
     assert type(loaded) is type(vae)
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    assert torch.equal(codecs.encode(loaded, images())[0], codecs.encode(vae, images())[0])
+    assert torch.equal(codecs.encode(loaded, random_images())[0], codecs.encode(vae, random_images())[0])
 
 
 def test_load_vae_from_a_pipelines_folder(tmp_path):
@@ -319,7 +198,7 @@ def test_load_vae_from_a_pipelines_folder(tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
     loaded = codecs.load_vae(str(tmp_path))
     assert loaded.dtype == torch.float32
-    assert codecs.encode(loaded, images())[0].shape == (2, 4, 8, 8)
+    assert codecs.encode(loaded, random_images())[0].shape == (2, 4, 8, 8)
 
 
 def refusal(path):

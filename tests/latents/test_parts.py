@@ -17,6 +17,7 @@ from utils.errors import UserError
 from utils.latents.cache import LatentCache, LatentStream
 from utils.latents.parts import pool, readers_of, unevenness
 from utils.latents.spec import LatentSpec
+from utils.training.step_log import StepLog
 
 SCRIPT = "train_text_to_image_ldm.py"
 
@@ -176,7 +177,7 @@ def test_two_processes_train_on_two_parts_and_resume_exactly(parts, flags, tmp_p
     assert "40.0 % more often" in result.stderr
     assert "48 samples in the data" in result.stderr
     for count in (6, 1):
-        fault = SignalAt("utils.training.step_log:StepLog.step_done", count, rank=1)
+        fault = SignalAt(StepLog.step_done, count, rank=1)
         run(SCRIPT, *flags, "--output_dir", tmp_path / "killed", processes=2, fault=fault, check=False)
     for process in (0, 1):
         (tmp_path / f"part-{process}").symlink_to(parts / f"part-{1 - process}")

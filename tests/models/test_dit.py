@@ -1,66 +1,17 @@
-"""Denoisers: sizes of the papers, initialisation, and the parts of the DiT against brute force."""
+"""Denoisers: sizes of the papers, initialisation, and the DiT against brute force."""
 
 import inspect
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention as UNetAttention
 from torch import nn
 
+from tests.support.models import num_parameters, randomise, tiny_dit, tiny_inputs, tiny_unet
 from utils.diffusion.conditions import ClassCondition, TextCondition
 from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.image.networks import dit_arguments
-from utils.models.attention import Attention, RMSNorm, rotate
 from utils.models.dit import DIT_SIZES, POSITIONS, DiT, position_table, rotary_table, timestep_embedding
-from utils.models.unet import UNET_PRESETS, build_unet, unet_config
-
-
-def num_parameters(model):
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def randomise(model, std=0.1):
-    """Gives every parameter, the zero-initialised ones too, seeded random values."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(std * torch.randn(parameter.shape, generator=generator).to(parameter))
-    return model
-
-
-def tiny_dit(**settings):
-    """A random DiT with both kinds of condition."""
-    config = {
-        "sample_size": 8,
-        "patch_size": 2,
-        "in_channels": 4,
-        "num_layers": 2,
-        "hidden_size": 48,
-        "num_attention_heads": 4,
-        "cross_attention_dim": 10,
-        "projection_class_embeddings_input_dim": 6,
-    }
-    torch.manual_seed(0)
-    return DiT(**(config | settings))
-
-
-def tiny_unet(cross_attention_dim, class_conditional):
-    config = unet_config("tiny", 8, 4, cross_attention_dim, class_conditional)
-    torch.manual_seed(0)
-    return build_unet(config)
-
-
-def tiny_inputs(batch=3, size=8, tokens=5, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "sample": torch.randn(batch, 4, size, size, generator=generator),
-        "timestep": torch.tensor([3.0, 500.0, 999.0])[:batch],
-        "encoder_hidden_states": torch.randn(batch, tokens, 10, generator=generator),
-        "class_labels": torch.randn(batch, 6, generator=generator),
-    }
-
 
 # Sizes
 
@@ -73,60 +24,6 @@ def test_dit_sizes_are_the_papers(size, millions):
         dit = DiT(32, 2, 4, num_layers, hidden_size, heads, projection_class_embeddings_input_dim=hidden_size)
         total = num_parameters(ConditionalDenoiser(dit, ClassCondition(1000, hidden_size)))
     assert total / 1e6 == pytest.approx(millions, rel=0.01)
-
-
-@pytest.mark.parametrize(
-    ("preset", "text_width", "parameters"),
-    [
-        ("base", 768, 314_000_000),  # "a 314M (192, 384, 768, 768)"
-        ("sd-v1", 768, 859_520_964),  # diffusers' UNet of Stable Diffusion 1.5
-        ("sd-v2", 1024, 865_910_724),  # and of 2.1
-        ("ldm-kl-8", 1280, 872_300_000),  # "DiffusionWrapper has 872.30 M params": CompVis' txt2img-1p4B
-    ],
-)
-def test_unet_sizes_are_the_published_ones(preset, text_width, parameters):
-    """U-Net presets have as many parameters as the models they are named after; Stable Diffusion's exactly."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(unet_config(preset, 64, 4, text_width, class_conditional=False))
-    exact = preset.startswith("sd")
-    assert num_parameters(unet) == (parameters if exact else pytest.approx(parameters, rel=1e-3))
-
-
-@pytest.mark.parametrize(
-    ("preset", "settings"),
-    [
-        ("sd-v1", {"cross_attention_dim": 768}),
-        ("sd-v2", {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}),
-    ],
-)
-def test_sd_presets_are_stable_diffusions_configs(preset, settings):
-    """The presets and the hub's configs, over diffusers' defaults, give the same names, shapes and numbers of heads."""
-    with torch.device("meta"):
-        config = unet_config(preset, 64, 4, settings["cross_attention_dim"], class_conditional=False)
-        ours = UNet2DConditionModel.from_config(config)
-        stock = UNet2DConditionModel(sample_size=64, **settings)
-    shapes = {name: tensor.shape for name, tensor in ours.state_dict().items()}
-    assert shapes == {name: tensor.shape for name, tensor in stock.state_dict().items()}
-    heads = {name: module.heads for name, module in ours.named_modules() if hasattr(module, "heads")}
-    assert heads == {name: module.heads for name, module in stock.named_modules() if hasattr(module, "heads")}
-    assert set(heads.values()) == ({8} if preset == "sd-v1" else {5, 10, 20})
-
-
-@pytest.mark.parametrize("preset", UNET_PRESETS)
-def test_heads_without_text_have_64_channels(preset):
-    """On the way down and on the way up. (Of a list of sizes, one a level, diffusers reverses none for the way up.)"""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(unet_config(preset, 32, 4, None, class_conditional=True))
-    attentions = [module for module in unet.modules() if isinstance(module, UNetAttention)]
-    assert len(attentions) >= 3
-    assert {module.query_dim // module.heads for module in attentions} == {64}
-
-
-def test_a_level_without_a_head_is_refused():
-    config = unet_config("tiny", 32, 4, None, class_conditional=True) | {"block_out_channels": (16, 32)}
-    with pytest.raises(ValueError, match="attention_head_dim 64 is more than the 32 channels"):
-        build_unet(config)
-    build_unet(config | {"attention_head_dim": 16})
 
 
 # Initialisation
@@ -187,32 +84,6 @@ def test_inputs_matter(make):
         other = model(**(inputs | {name: changed})).sample
         assert (other[0] - output[0]).abs().max() > 1e-3, name
         torch.testing.assert_close(other[1:], output[1:], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", ["dit", "unet"])
-def test_conditional_denoiser_passes_each_condition_on(kind):
-    """Through ConditionalDenoiser text and labels change the prediction, and a dropped sample is deaf to them."""
-    cases = [(TextCondition(10, 5), True), (ClassCondition(3, 6 if kind == "dit" else 128), False)]
-    for condition, is_text in cases:
-        if kind == "dit":
-            model = tiny_dit(
-                **({"projection_class_embeddings_input_dim": None} if is_text else {"cross_attention_dim": None})
-            )
-        else:
-            model = tiny_unet(10 if is_text else None, not is_text)
-        denoiser = randomise(ConditionalDenoiser(model, condition)).eval()
-        inputs = tiny_inputs()
-        values = {
-            "encoder_hidden_states": inputs["encoder_hidden_states"],
-            "num_tokens": torch.tensor([2, 5, 3]),
-            "class_labels": torch.tensor([0, 1, 2]),
-        }
-        others = {name: value.roll(1, 0) for name, value in values.items()}
-        drop = torch.tensor([False, True, False])
-        first = denoiser(inputs["sample"], inputs["timestep"], values, drop)
-        second = denoiser(inputs["sample"], inputs["timestep"], others, drop)
-        assert (first[0] - second[0]).abs().max() > 1e-3
-        torch.testing.assert_close(first[1], second[1], rtol=1e-4, atol=1e-4)
 
 
 # Shapes
@@ -280,86 +151,6 @@ def test_timestep_embedding_is_diffusers():
     timesteps = torch.tensor([0.0, 0.5, 17.0, 999.0, 1000.0])
     truth = get_timestep_embedding(timesteps, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
     torch.testing.assert_close(timestep_embedding(timesteps, 256), truth, rtol=1e-4, atol=1e-4)
-
-
-# Attention
-
-
-def rms(values, weight):
-    return values / (values.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
-
-
-@pytest.mark.parametrize("cross", [False, True])
-@pytest.mark.parametrize(("dim", "heads"), [(24, 2), (36, 3), (32, 8)])
-def test_attention_is_a_softmax(cross, dim, heads):
-    """Attention with normalised queries and keys, rotation and mask equals loops over heads and queries in float64."""
-    torch.manual_seed(0)
-    attention = randomise(Attention(dim, heads, 7 if cross else None)).double()
-    values = torch.randn(2, 6, dim, dtype=torch.float64)
-    context = torch.randn(2, 5, 7, dtype=torch.float64) if cross else values
-    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1]]).bool() if cross else None
-    head_dim = dim // heads
-    rotary = None if cross else tuple(t.double() for t in rotary_table(2, 3, head_dim, torch.device("cpu")))
-    output = attention(values, context if cross else None, rotary, mask)
-
-    wk, wv = attention.to_kv.weight.chunk(2)
-    bk, bv = attention.to_kv.bias.chunk(2)
-    expected = torch.zeros_like(values)
-    for b in range(2):
-        for h in range(heads):
-            part = slice(h * head_dim, (h + 1) * head_dim)
-            q = rms((values[b] @ attention.to_q.weight.T + attention.to_q.bias)[:, part], attention.norm_q.weight)
-            k = rms((context[b] @ wk.T + bk)[:, part], attention.norm_k.weight)
-            v = (context[b] @ wv.T + bv)[:, part]
-            if rotary is not None:
-                q, k = turn(q, head_dim), turn(k, head_dim)
-            for i in range(6):
-                weights = torch.stack([(q[i] @ k[j] / head_dim**0.5).exp() for j in range(len(k))])
-                if mask is not None:
-                    weights = weights * mask[b]
-                expected[b, i, part] = (weights / weights.sum()) @ v
-    expected = expected @ attention.to_out.weight.T + attention.to_out.bias
-    tolerance = 1e-10 if cross else 1e-5  # angles are computed in float32
-    torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
-
-
-def turn(values, head_dim):
-    """Rotates (6, head_dim) at the places of a 2 x 3 grid pair by pair: complex numbers, one angle for each."""
-    turned = values.clone()
-    half, quarter = head_dim // 2, head_dim // 4
-    for place in range(6):
-        y, x = divmod(place, 3)
-        for i in range(half):
-            angle = (y if i < quarter else x) * 100.0 ** (-(i % quarter) / quarter)
-            pair = torch.complex(values[place, i], values[place, i + half])
-            pair = pair * torch.polar(torch.tensor(1.0, dtype=torch.float64), torch.tensor(angle, dtype=torch.float64))
-            turned[place, i], turned[place, i + half] = pair.real, pair.imag
-    return turned
-
-
-@pytest.mark.parametrize("head_dim", [8, 12, 72])
-def test_rotary_positions_are_relative(head_dim):
-    """A query and a key that are moved together keep their product; moved apart, along y or x, they change it."""
-    height, width = 7, 5
-    rotary = rotary_table(height, width, head_dim, torch.device("cpu"))
-    torch.manual_seed(0)
-    q, k = torch.randn(1, 1, 1, head_dim), torch.randn(1, 1, 1, head_dim)
-    everywhere = height * width
-    queries = rotate(q.expand(1, 1, everywhere, -1), *rotary)[0, 0]
-    keys = rotate(k.expand(1, 1, everywhere, -1), *rotary)[0, 0]
-    logits = (queries @ keys.T).view(height, width, height, width)
-    by_offset = {}
-    for y1 in range(height):
-        for x1 in range(width):
-            for y2 in range(height):
-                for x2 in range(width):
-                    by_offset.setdefault((y2 - y1, x2 - x1), []).append(logits[y1, x1, y2, x2].item())
-    assert max(max(group) - min(group) for group in by_offset.values()) < 1e-4
-    means = torch.tensor([sum(group) / len(group) for group in by_offset.values()])
-    distances = (means[:, None] - means).abs() + torch.eye(len(means))
-    assert distances.min() < distances.max()
-    assert len(torch.unique((means * 1e4).round())) > 0.9 * len(means)  # (dy, dx) is told from every other offset
-    torch.testing.assert_close(queries.norm(dim=-1), q.norm().expand(everywhere))  # a rotation
 
 
 def test_masked_tokens_have_no_influence():
@@ -509,26 +300,3 @@ def test_positions_of_a_run_made_before_there_was_a_choice():
     assert DiT(**dit_arguments("plain-S/2", 8, 4, None, "class")).positions == "fixed"
     with pytest.raises(ValueError, match="positions none is none of rotary, fixed, both"):
         tiny_dit(positions="none")
-
-
-@pytest.mark.parametrize("elementwise_affine", [True, False])
-def test_a_norm_of_half_precision_is_in_half_precision(monkeypatch, elementwise_affine):
-    """Weight and values reach the kernel in one dtype, which autocast does not change; its sums are float32."""
-    norm = randomise(RMSNorm(64, eps=1e-6, elementwise_affine=elementwise_affine))
-    values = (300 * torch.randn(5, 64)).bfloat16()
-    expected = nn.RMSNorm.forward(norm, values.float())
-    kernel, seen = F.rms_norm, []
-
-    def seen_kernel(values, shape, weight, eps):
-        seen.append((values.dtype, weight if weight is None else weight.dtype, torch.is_autocast_enabled("cpu")))
-        return kernel(values, shape, weight, eps)
-
-    monkeypatch.setattr(F, "rms_norm", seen_kernel)
-    with torch.autocast("cpu", torch.bfloat16):
-        normalised = norm(values)
-    assert seen == [(torch.bfloat16, torch.bfloat16 if elementwise_affine else None, False)]
-    assert normalised.dtype == torch.bfloat16
-    torch.testing.assert_close(normalised.float(), expected, rtol=0.012, atol=1e-3)
-    if elementwise_affine:
-        normalised.float().sum().backward()
-        assert norm.weight.grad.dtype == torch.float32

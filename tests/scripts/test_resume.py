@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,19 +26,27 @@ from tests.support.processes import (
     snapshot,
     start,
 )
+from tests.support.runs import LATEST, STEPS, assert_identical, trained
 from utils import files
+from utils.diffusion.objectives import Objective
+from utils.files import fsync_path, replace_durably, write_text
+from utils.image import pipeline
+from utils.image.pipeline import index_of
 from utils.runs.load import find_run
+from utils.training import checkpoints, ema
 from utils.training.checkpoints import prune
 from utils.training.ema import SNAPSHOTS
 from utils.training.optimizers import learning_rate_at
+from utils.training.step_log import StepLog
 
 TEXT, CLASS = "train_text_to_image_ldm.py", "train_class_cond_ldm.py"
-STEPS = 24
+
 TRAIN = [
     *("--max_train_steps", STEPS, "--checkpointing_steps", 4, "--logging_steps", 1, "--train_batch_size", 4),
     *("--learning_rate", 1e-3, "--lr_warmup_steps", 6, "--lr_scheduler", "cosine"),
 ]
-LATEST = ["--resume_from_checkpoint", "latest"]
+
+
 # A model with tensors of 4,096 numbers: bitsandbytes keeps the states of smaller ones in 32 bits.
 WIDE = {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 2}
 
@@ -96,34 +105,12 @@ def uninterrupted(common, tmp_path_factory):
 
 
 KINDS = ("text unet", "class dit, accumulated, 8 bit", "text dit, two processes")
+
 KILLED = (*KINDS, "class unet, two processes, accumulated, 8 bit")
 
 
 def steps_of(folder) -> list[int]:
     return sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
-
-
-def tensors(value, path: str = "") -> dict[str, torch.Tensor]:
-    """Every tensor inside nested dicts and lists."""
-    if isinstance(value, torch.Tensor):
-        return {path: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-    return {name: tensor for key, each in items for name, tensor in tensors(each, f"{path}/{key}").items()}
-
-
-def trained(folder) -> dict[str, torch.Tensor]:
-    """Exported weights, and weights, average and optimizer state of the last checkpoint."""
-    files = [*folder.glob("*/*.safetensors"), *(folder / f"checkpoint-{STEPS}").glob("*.safetensors")]
-    everything = {str(path.relative_to(folder)): load_file(path) for path in files if path.parent.name != "vae"}
-    everything["optimizer"] = torch.load(folder / f"checkpoint-{STEPS}" / "optimizer.bin", weights_only=True)
-    return tensors(everything)
-
-
-def assert_identical(folder, expected) -> None:
-    ours, theirs = trained(folder), trained(expected)
-    assert len(ours) > 50
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
 # ---- kills ----------------------------------------------------------------------------------------------------------
@@ -138,14 +125,14 @@ def test_killed_and_resumed_is_bit_identical(common, uninterrupted, tmp_path, na
     folder = tmp_path / "run"
     chance = random.Random(name)
     kills = [
-        ("utils.training.step_log:StepLog.step_done", chance.randint(5, 7), 4),
-        ("utils.training.checkpoints:fsync_path", 2, 4),  # steps 5 to 8, and one file of checkpoint-8
-        ("utils.training.checkpoints:prune", 2, 12),  # steps 5 to 8, and 9 to 12
-        ("utils.training.step_log:StepLog.step_done", chance.randint(1, 3), 12),
+        (SignalAt(StepLog.step_done, chance.randint(5, 7)), 4),
+        (SignalAt(fsync_path, 2, within=checkpoints), 4),  # steps 5 to 8, and one file of checkpoint-8
+        (SignalAt(prune, 2), 12),  # steps 5 to 8, and 9 to 12
+        (SignalAt(StepLog.step_done, chance.randint(1, 3)), 12),
     ]
-    for function, count, last_checkpoint in kills:
-        rank = chance.randrange(processes) if "StepLog" in function else 0
-        fault = SignalAt(function, count, rank=rank)
+    for fault, last_checkpoint in kills:
+        if "StepLog" in fault.function:
+            fault = replace(fault, rank=chance.randrange(processes))
         running = start(script, *flags, "--output_dir", folder, *LATEST, processes=processes, fault=fault)
         assert running.wait_for_kill(), running.wait().stderr
         assert max(steps_of(folder)) == last_checkpoint
@@ -171,7 +158,7 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_exits_0(common, uninterr
     script, processes, flags = common[name]
     folder = tmp_path / "run"
     flags = [*flags, "--output_dir", folder, *LATEST]
-    fault = SignalAt("utils.diffusion.objectives:Objective.loss", 7, rank=processes - 1, signal=number)
+    fault = SignalAt(Objective.loss, 7, rank=processes - 1, signal=number)
     result = run(script, *flags, processes=processes, fault=fault)
     step = 2 if "accumulated" in name else 7  # the seventh of its micro-steps belongs to the second step
     assert steps_of(folder)[-1] == step
@@ -223,7 +210,7 @@ def test_latest_without_a_checkpoint_starts(common, uninterrupted, tmp_path):
     """In a folder that is not there yet, and in one whose only checkpoint was never completed."""
     script, _, flags = common["text unet"]
     folder = tmp_path / "run"
-    fault = SignalAt("utils.training.step_log:StepLog.step_done", 1)
+    fault = SignalAt(StepLog.step_done, 1)
     assert start(script, *flags, "--output_dir", folder, *LATEST, fault=fault).wait_for_kill()
     assert steps_of(folder) == []
     half = folder / ".tmp-checkpoint-4"
@@ -389,9 +376,9 @@ def test_killed_before_it_is_a_run(common, tmp_path):
     """While it wrote args.yaml, by which a folder is known as a run's: the same command begins."""
     script, _, flags = common["text unet"]
     flags = [*flags, "--output_dir", tmp_path / "run", *LATEST]
-    assert start(script, *flags, fault=SignalAt("utils.files:replace_durably", 1)).wait_for_kill()
+    assert start(script, *flags, fault=SignalAt(replace_durably, 1)).wait_for_kill()
     assert [path.name[:5] for path in (tmp_path / "run").iterdir()] == [".tmp-"]
-    assert start(script, *flags, fault=SignalAt("utils.training.step_log:StepLog.step_done", 1)).wait_for_kill()
+    assert start(script, *flags, fault=SignalAt(StepLog.step_done, 1)).wait_for_kill()
     assert (tmp_path / "run" / "args.yaml").is_file()
     assert not list((tmp_path / "run").glob(".tmp-*"))
 
@@ -402,7 +389,7 @@ def test_killed_before_snapshots_are_whole(common, tmp_path):
     flags = [*flags, "--max_train_steps", 8, "--ema_sigma_rels", 0.1, "--ema_snapshot_steps", 4, *LATEST]
     run(script, *flags, "--output_dir", tmp_path / "whole")
     for count in (1, 2):
-        fault = SignalAt("utils.training.ema:replace_durably", count)
+        fault = SignalAt(replace_durably, count, within=ema)
         assert start(script, *flags, "--output_dir", tmp_path / "run", fault=fault).wait_for_kill()
     run(script, *flags, "--output_dir", tmp_path / "run")
     snapshots = contents(tmp_path / "whole" / SNAPSHOTS)
@@ -417,8 +404,8 @@ def test_killed_while_a_finished_run_is_exported_anew(common, tmp_path):
     run(script, *flags, "--max_train_steps", 4)
     assert find_run(tmp_path, "--model")[2] is None
     flags += ["--max_train_steps", 8]
-    for function in ("utils.image.pipeline:write_text", "utils.image.pipeline:index_of"):
-        assert start(script, *flags, fault=SignalAt(function, 1)).wait_for_kill()
+    for fault in (SignalAt(write_text, 1, within=pipeline), SignalAt(index_of, 1)):
+        assert start(script, *flags, fault=fault).wait_for_kill()
         assert find_run(tmp_path, "--model")[2] == tmp_path / "checkpoint-8"
     run(script, *flags)
     assert find_run(tmp_path, "--model")[2] is None

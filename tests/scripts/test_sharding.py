@@ -10,19 +10,16 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.support.models import FSDP
 from tests.support.processes import ENVIRONMENT, ROOT, SignalAt, contents, refused, run, scalars, start
+from utils.files import fsync_path
+from utils.training import checkpoints
+from utils.training.step_log import StepLog
 
 SCRIPT = "train_class_cond_ldm.py"
+
 CONFIG = ROOT / "configs" / "accelerate" / "cpu_fsdp2.yaml"
-# What accelerate launch makes of that configuration.
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "DiTBlock",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-}
+
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 
@@ -81,8 +78,8 @@ def test_killed_and_resumed_is_bit_identical(divided, flags, tmp_path):
     folder = tmp_path / "run"
     flags = [*flags, "--output_dir", folder, "--resume_from_checkpoint", "latest"]
     for fault in (
-        SignalAt("utils.training.step_log:StepLog.step_done", 6, rank=1),
-        SignalAt("utils.training.checkpoints:fsync_path", 2),
+        SignalAt(StepLog.step_done, 6, rank=1),
+        SignalAt(fsync_path, 2, within=checkpoints),
     ):
         running = start(SCRIPT, *flags, processes=2, fault=fault, environment=FSDP)
         assert running.wait_for_kill(), running.wait().stderr

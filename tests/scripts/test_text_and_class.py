@@ -195,18 +195,3 @@ def test_each_batch_has_dropout_masks_of_its_own(cache, model_flags, tmp_path, s
     flags += ["--train_batch_size", 4, "--gradient_accumulation_steps", 2, "--max_train_steps", 2, "--seed", 5]
     seeds = dropout_seeds(script, *flags, path=tmp_path / "seeds", rank=rank, processes=processes)
     assert seeds == [int(key >> np.uint64(1)) for key in keys(5, "dropout", np.array(first_samples))]
-
-
-def test_the_two_trainers_share_their_loop():
-    """What one optimizer step does is the same text in both trainers of latents."""
-    from tests.support.processes import ROOT
-
-    def step(script: str) -> str:
-        source = (ROOT / script).read_text()
-        return source[
-            source.index("            with accelerator.accumulate(") : source.index("        progress.update()")
-        ]
-
-    text, label = step("train_text_to_image_ldm.py"), step("train_class_cond_ldm.py")
-    assert "accelerator.backward(loss)" in text
-    assert text == label

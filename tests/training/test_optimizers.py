@@ -1,17 +1,15 @@
-"""Optimizers: Muon against singular values, which parameter belongs to whom, and resuming bit for bit."""
+"""Optimizers: Muon against singular values, which parameter belongs to whom, and the schedule of the learning rate."""
 
-import json
-import random
+import math
 from argparse import ArgumentParser
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
+from diffusers.optimization import get_scheduler
 from torch import nn
 
-from tests.scripts.test_resume import LATEST, assert_identical, trained
-from tests.support.processes import SignalAt, refused, run, start
 from utils.args import checks as arg_checks
 from utils.args.groups import add_optimizer_args
 from utils.args.parsing import parse_with_config
@@ -21,9 +19,16 @@ from utils.errors import UserError
 from utils.image.vae.network import TrainableVAE, build_vae
 from utils.models.dit import DiT
 from utils.models.unet import build_unet, unet_config
-from utils.training.optimizers import OPTIMIZERS, clip_grad_norm_, hidden_matrices, make_optimizer, set_learning_rate
+from utils.training.optimizers import (
+    LR_SCHEDULES,
+    OPTIMIZERS,
+    clip_grad_norm_,
+    hidden_matrices,
+    learning_rate_at,
+    make_optimizer,
+    set_learning_rate,
+)
 
-CLASS = "train_class_cond_ldm.py"
 SETTINGS = {"learning_rate": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1, "epsilon": 1e-8}
 
 
@@ -262,50 +267,6 @@ def test_a_loaded_state_goes_on_exactly(prepared, tmp_path):
 # ---- scripts
 
 
-@pytest.fixture(scope="module")
-def flags(cache, tmp_path_factory):
-    """A class-conditional DiT of 6 blocks, so that there are some to route past."""
-    config = tmp_path_factory.mktemp("models") / "deep.json"
-    config.write_text(json.dumps({"num_layers": 6, "hidden_size": 32, "num_attention_heads": 2}))
-    return [
-        *("--latents_dir", cache, "--model", "dit", "--model_size", "S/1", "--model_config", config),
-        *("--max_train_steps", 24, "--checkpointing_steps", 4, "--train_batch_size", 4, "--learning_rate", 1e-3),
-        *("--lr_warmup_steps", 6, "--lr_scheduler", "cosine", "--validation_labels", 0, "--num_validation_images", 1),
-        *("--validation_inference_steps", 1, "--prediction_type", "flow"),
-    ]
-
-
-KINDS = {
-    "muon": ["--optimizer", "muon", "--gradient_accumulation_steps", 2],
-    "routed": ["--tread_ratio", 0.5],
-    "muon, routed": ["--optimizer", "muon", "--tread_ratio", 0.25],
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_killed_and_resumed_is_bit_identical(flags, tmp_path, kind):
-    """SIGKILL at two moments; what is resumed ends with the weights, average and optimizer state of a run that nobody killed."""
-    flags = [*flags, *KINDS[kind]]
-    run(CLASS, *flags, "--output_dir", tmp_path / "whole")
-    chance = random.Random(kind)
-    for count in (chance.randint(5, 11), chance.randint(5, 9)):
-        fault = SignalAt("utils.training.step_log:StepLog.step_done", count)
-        running = start(CLASS, *flags, "--output_dir", tmp_path / "run", *LATEST, fault=fault)
-        assert running.wait_for_kill(), running.wait().stderr
-    run(CLASS, *flags, "--output_dir", tmp_path / "run", *LATEST)
-    assert_identical(tmp_path / "run", tmp_path / "whole")
-    momenta = [name for name in trained(tmp_path / "run") if name.endswith("momentum_buffer")]
-    assert len(momenta) == (6 * 5 if "muon" in kind else 0)  # q, kv, out and two of the feed-forward
-
-
-def test_another_optimizer_is_refused(flags, tmp_path):
-    """A state of one optimizer is no state of another."""
-    flags = [*flags, "--max_train_steps", 4, "--output_dir", tmp_path / "run"]
-    run(CLASS, *flags, "--optimizer", "muon")
-    line = refused(run(CLASS, *flags, *LATEST, check=False))
-    assert "optimizer = muon, this run has adamw" in line
-
-
 def test_identity_names_the_optimizer():
     from utils.training.setup import identity_of
 
@@ -359,3 +320,56 @@ def test_divided_gradients_are_clipped_by_accelerate():
             distributed_type=DistributedType(kind), clip_grad_norm_=lambda parameters, limit: (parameters, limit)
         )
         assert clip_grad_norm_(accelerator, ["weights"], 2.0) == (["weights"], 2.0)
+
+
+# The learning rate
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1, 10])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_learning_rate_is_diffusers(schedule, warmup_steps):
+    """After the warm-up the rate is that of diffusers' get_scheduler; during it that of one step later, for the first
+    step of ours is not wasted at zero."""
+    peak, total = 3e-4, 60
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total)
+    truth = []
+    for _ in range(total + 1):
+        truth.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    for step in range(total):
+        expected = truth[step + 1] if step < warmup_steps else truth[step]
+        if step + 1 == warmup_steps:
+            expected = peak
+        assert learning_rate_at(step, peak, schedule, warmup_steps, total) == pytest.approx(
+            expected, rel=1e-9, abs=1e-15
+        )
+
+
+def test_constant_with_decay():
+    """Constant for four fifths, then a straight line to zero (arXiv 2405.18392, section 3)."""
+    rates = [learning_rate_at(step, 1.0, "constant_with_decay", 0, 100) for step in range(101)]
+    assert rates[:81] == pytest.approx([1.0] * 81)
+    assert rates[80:101] == pytest.approx([1 - i / 20 for i in range(21)])
+
+
+@pytest.mark.parametrize("schedule", LR_SCHEDULES)
+@pytest.mark.parametrize("warmup_steps", [0, 5, 100, 500])
+def test_learning_rate_stays_in_range(schedule, warmup_steps):
+    """Every step has a rate in (0, peak], the warm-up rises, and a warm-up longer than the run is only a warm-up."""
+    rates = [learning_rate_at(step, 2e-4, schedule, warmup_steps, 100) for step in range(100)]
+    assert all(0 < rate <= 2e-4 * (1 + 1e-12) for rate in rates)
+    assert rates[:warmup_steps] == pytest.approx(
+        [2e-4 * (i + 1) / warmup_steps for i in range(min(warmup_steps, 100))]
+    )
+    assert all(math.isfinite(rate) for rate in rates)
+
+
+def test_set_learning_rate_sets_every_group():
+    """All parameter groups get the rate."""
+    weights = [torch.zeros(1, requires_grad=True) for _ in range(2)]
+    optimizer = torch.optim.AdamW([{"params": weights[:1]}, {"params": weights[1:], "lr": 7.0}], lr=1.0)
+    set_learning_rate(optimizer, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]

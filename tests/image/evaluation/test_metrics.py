@@ -1,7 +1,5 @@
 """Figures against truths that share no code with them: closed forms, scipy, scikit-learn, brute force, torch-fidelity
-and torchmetrics; and intervals against how often they hold the truth."""
-
-import math
+and torchmetrics."""
 
 import numpy as np
 import pytest
@@ -9,15 +7,12 @@ import scipy.linalg
 import torch
 from torch import Tensor, nn
 
+from tests.support.features import gaussian
 from utils.errors import UserError
 from utils.evaluation import figures as metrics_intervals
 from utils.evaluation import neighbours as metrics_neighbours
 from utils.image.evaluation import metrics as metrics_images
 from utils.image.evaluation.metrics import Statistics, frechet_distance
-
-
-def gaussian(count: int, dim: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> Tensor:
-    return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)) * scale + shift
 
 
 def skewed(count: int, dim: int, seed: int) -> Tensor:
@@ -93,56 +88,6 @@ def test_statistics_of_different_features_are_not_compared() -> None:
         frechet_distance(a, b)
     with pytest.raises(ValueError, match="different features"):
         frechet_distance(a, Statistics.of(skewed(50, 7, 0)))
-
-
-# ---- intervals
-
-
-def test_intervals_of_fid_hold_its_expectation_and_the_extrapolation_the_truth() -> None:
-    dim, count = 8, 160
-    reference = Statistics(torch.full((dim,), 0.1).double(), 1.21 * torch.eye(dim).double(), 0)
-    truth = dim * (0.1**2 + 0.1**2)
-    runs = [metrics_images.fid_figures(gaussian(count, dim, seed), reference) for seed in range(40)]
-    at_n = [run["fid"] for run in runs]
-    expectation = float(np.mean([figure.value for figure in at_n]))
-    assert expectation > 1.5 * truth  # the bias of few samples, which every report states
-    assert np.mean([figure.low <= expectation <= figure.high for figure in at_n]) > 0.92
-    limits = [run["fid_infinity"] for run in runs]
-    assert np.mean([figure.low <= truth <= figure.high for figure in limits]) > 0.85
-    assert np.mean([figure.value for figure in limits]) == pytest.approx(truth, abs=0.03)
-    # Why no bootstrap: samples drawn twice narrow the covariance, and most of its FIDs lie above the interval's figure.
-    x = gaussian(count, dim, 0)
-    drawn = torch.randint(count, (50, count), generator=torch.Generator().manual_seed(0))
-    repeated = [frechet_distance(Statistics.of(x[rows]), reference) for rows in drawn]
-    assert np.mean([value > at_n[0].value for value in repeated]) > 0.9
-
-
-def test_few_samples_are_not_extrapolated() -> None:
-    reference = Statistics(torch.zeros(30).double(), torch.eye(30).double(), 0)
-    figures = metrics_images.fid_figures(gaussian(100, 30, 0), reference)
-    assert list(figures) == ["fid"]
-    assert "biased" in figures["fid"].note
-
-
-def test_intervals_of_a_share_and_of_a_mean_hold_the_truth() -> None:
-    generator = torch.Generator().manual_seed(0)
-    shares = [metrics_intervals.share_figure(torch.rand(100, generator=generator) < 0.05) for _ in range(200)]
-    assert np.mean([figure.low <= 0.05 <= figure.high for figure in shares]) > 0.9
-    means = [metrics_intervals.mean_figure(torch.rand(60, generator=generator)) for _ in range(60)]
-    assert np.mean([figure.low <= 0.5 <= figure.high for figure in means]) > 0.85
-    none = metrics_intervals.share_figure(torch.zeros(100, dtype=torch.bool))
-    assert none.value == 0
-    assert 0.03 < none.high < 0.05  # nothing in 100 does not prove that there is nothing
-
-
-def test_half_sampling_is_exact_for_a_mean() -> None:
-    # The variance of a half's mean is s^2 / n, whatever the values; odd numbers leave one more out than in.
-    for count in (400, 401):
-        values = gaussian(count, 1, 3)[:, 0].double()
-        halves = [float(values[part].mean()) for part in metrics_intervals.random_halves(count, 2000)]
-        figure = metrics_intervals.half_sampling_figure(float(values.mean()), halves, count)
-        expected = 1.96 * float(values.std()) / count**0.5
-        assert figure.high - figure.value == pytest.approx(expected, rel=0.05)
 
 
 # ---- kernels
@@ -281,33 +226,3 @@ def test_manifold_figures_tell_collapse_from_noise() -> None:
     assert collapsed["recall"].value < 0.1
     assert collapsed["coverage"].value < 0.5
     assert noise["precision"].value < 0.3
-
-
-def test_nearest_is_brute_force_in_blocks() -> None:
-    queries, base = gaussian(20, 5, 0), gaussian(33, 5, 1)
-    distances, rows = metrics_neighbours.nearest(queries, base, block=7)
-    expected = torch.stack([(base - query).norm(dim=1) for query in queries])
-    torch.testing.assert_close(distances, expected.min(dim=1).values)
-    assert rows.tolist() == expected.argmin(dim=1).tolist()
-
-
-def test_copies_are_found_and_nothing_else() -> None:
-    honest = []
-    for seed in range(0, 60, 3):
-        training, held_out, fresh = (gaussian(count, 8, seed + i) for i, count in enumerate((1000, 400, 400)))
-        of_held_out = metrics_neighbours.nearest(held_out, training)[0]
-        honest.append(metrics_neighbours.copy_figures(metrics_neighbours.nearest(fresh, training)[0], of_held_out))
-    assert np.mean([each["copies"].value for each in honest]) == pytest.approx(0.01, abs=0.005)
-    assert np.mean([each["nearest_ratio"].low <= 1 <= each["nearest_ratio"].high for each in honest]) > 0.8
-    fresh[:100] = training[:100] + 0.01
-    copied = metrics_neighbours.copy_figures(metrics_neighbours.nearest(fresh, training)[0], of_held_out)
-    assert copied["copies"].value == pytest.approx(0.25, abs=0.02)
-    assert copied["nearest_ratio"].value < 1
-
-
-def test_rows_are_drawn_from_everywhere() -> None:
-    rows = metrics_intervals.rows_at_most(1000, 100)
-    assert len(set(rows.tolist())) == 100
-    assert rows.max() > 900  # samples may stand in the order of their classes
-    assert metrics_intervals.rows_at_most(10, 100).tolist() == list(range(10))
-    assert math.isclose(float(metrics_intervals.at_most(torch.arange(1000.0), 100).mean()), 500, abs_tol=100)

@@ -6,14 +6,11 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from tests.support.models import TRAIN_FLAGS
 from tests.support.processes import refused, run
-from utils.image import codec as codecs
 from utils.image.data.pixels import BACKGROUNDS, Framing
-from utils.image.pixel_codec import PixelCodec
 from utils.latents.cache import LatentCache
 
 
@@ -29,16 +26,6 @@ def pixel_run(pixel_flags, model_flags, tmp_path_factory):
     flags = [*model_flags["dit"], *TRAIN_FLAGS, "--center_crop", "--latent_normalisation", "measured"]
     run("train_class_cond_ldm.py", *pixel_flags, *flags, "--output_dir", folder)
     return folder
-
-
-def test_codec_changes_nothing(tmp_path):
-    images = torch.rand(2, 3, 8, 8) * 2 - 1
-    codec = codecs.load_vae("pixels")
-    assert codecs.measure_shape(codec) == (3, 1)
-    assert not codecs.has_posterior(codec)
-    assert torch.equal(codecs.decode(codec, codecs.encode(codec, images)[0]), images)
-    codec.save_pretrained(tmp_path / "vae")
-    assert isinstance(codecs.load_vae(str(tmp_path)), PixelCodec)
 
 
 def test_the_cache_holds_the_pixels(pixel_run, image_folder):

@@ -1,11 +1,9 @@
 """Data sets become latent caches: killed and continued, by several processes, from every source, with bad images."""
 
-import io
 import json
+import os
 import random
 import shutil
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -15,21 +13,16 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.support.data import DATA
+from tests.support.images import png
 from tests.support.processes import ROOT, SignalAt, contents, refused, run, run_script, snapshot, start
-from utils.image.encoding import decode_ahead
+from utils.files import replace_durably
 from utils.latents.cache import LatentCache
 from utils.latents.spec import LatentSpec
-from utils.latents.writer import finished_cache
+from utils.latents.writer import ShardFolder, finished_cache
 
 PRECOMPUTE = "precompute_latents.py"
+
 NUM_IMAGES, BAD = 200, {3: b"", 77: b"not an image", 130: None}  # None: cut short
-
-
-def png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +63,7 @@ def whole(flags, tmp_path_factory):
 def unfinished(flags, tmp_path_factory):
     """A cache that was killed after some shards."""
     folder = tmp_path_factory.mktemp("unfinished") / "cache"
-    fault = SignalAt("utils.latents.writer:ShardFolder.write", 4)
+    fault = SignalAt(ShardFolder.write, 4)
     assert start(PRECOMPUTE, *flags, "--latents_dir", folder, fault=fault).wait_for_kill()
     assert not (folder / "latent_spec.json").exists()
     return folder
@@ -107,7 +100,7 @@ def test_killed_and_continued_it_is_the_same(flags, whole, tmp_path, processes):
     chance = random.Random(processes)
     folder = tmp_path / "cache"
     for _ in range(5):
-        fault = SignalAt("os:fsync", chance.randint(1, 40 // processes), rank=chance.randrange(processes))
+        fault = SignalAt(os.fsync, chance.randint(1, 40 // processes), rank=chance.randrange(processes), within=os)
         running = start(PRECOMPUTE, *flags, "--latents_dir", folder, processes=processes, fault=fault)
         assert running.wait_for_kill(), running.wait().stderr
         assert not (folder / "latent_spec.json").exists()
@@ -121,12 +114,12 @@ def test_killed_while_it_writes_a_text_it_leaves_nothing_behind(flags, tmp_path)
     flags = [*flags, "--max_samples", 20, "--max_skipped_fraction", 0.1, "--rows_per_shard", 32]
     run(PRECOMPUTE, *flags, "--latents_dir", tmp_path / "whole")
     last = tmp_path / "last"
-    assert start(PRECOMPUTE, *flags, "--latents_dir", last, fault=SignalAt("pathlib:Path.unlink", 1)).wait_for_kill()
+    assert start(PRECOMPUTE, *flags, "--latents_dir", last, fault=SignalAt(Path.unlink, 1)).wait_for_kill()
     assert {"plan.json", "latent_spec.json"} <= contents(last).keys()
     run(PRECOMPUTE, *flags, "--latents_dir", last)
     assert contents(last) == contents(tmp_path / "whole")
     for count in range(1, 20):
-        folder, fault = tmp_path / str(count), SignalAt("utils.files:replace_durably", count)
+        folder, fault = tmp_path / str(count), SignalAt(replace_durably, count)
         if not start(PRECOMPUTE, *flags, "--latents_dir", folder, fault=fault).wait_for_kill():
             break
         run(PRECOMPUTE, *flags, "--latents_dir", folder)
@@ -445,87 +438,3 @@ def test_autoencoder_tiny(images, tmp_path):
     latents = cache.gather(np.arange(3))["latents"]
     assert latents.shape == (3, 1, *cache.spec.shape) == (3, 1, *expected.shape[1:])
     torch.testing.assert_close(latents[:, 0].float(), expected, atol=2e-3, rtol=2e-3)
-
-
-# ---- real data ------------------------------------------------------------------------------------------------------
-
-needs_cifar10 = pytest.mark.skipif(not list(DATA.glob("cifar10/train*.parquet")), reason="CIFAR-10 is not here")
-needs_emoji = pytest.mark.skipif(not list(DATA.glob("emoji/train*.parquet")), reason="the emoji are not here")
-
-
-def encoded(tiny_vae, images) -> torch.Tensor:
-    """Means of RGB images by the VAE, at 16 x 16."""
-    from diffusers import AutoencoderKL
-
-    small = [np.asarray(image.resize((16, 16), Image.Resampling.LANCZOS)) for image in images]
-    with torch.no_grad():
-        pixels = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return AutoencoderKL.from_pretrained(tiny_vae).eval().encode(pixels).latent_dist.mean
-
-
-@needs_cifar10
-def test_cifar10(tiny_vae, tmp_path):
-    run(
-        PRECOMPUTE, "--dataset_name", DATA / "cifar10", "--image_column", "img", "--label_column", "label", "--max_samples", 64,
-        "--resolution", 16, "--pretrained_vae_model_name_or_path", tiny_vae, "--latents_dir", tmp_path / "cache",
-    )  # fmt: skip
-    cache = LatentCache(tmp_path / "cache")
-    batch = cache.gather(np.arange(64))
-    file = sorted(DATA.glob("cifar10/train*.parquet"))[0]
-    rows = pq.ParquetFile(file).iter_batches(64).__next__().to_pydict()
-    assert batch["class_labels"].tolist() == rows["label"]
-    assert cache.spec.labels["num_classes"] == 10
-    images = [Image.open(io.BytesIO(value["bytes"])).convert("RGB") for value in rows["img"]]
-    torch.testing.assert_close(batch["latents"][:, 0].float(), encoded(tiny_vae, images), atol=2e-3, rtol=2e-3)
-
-
-@needs_emoji
-def test_emoji_are_laid_on_white(tiny_vae, tiny_text_encoder, tmp_path):
-    run(
-        PRECOMPUTE, "--dataset_name", DATA / "emoji", "--caption_column", "text", "--max_samples", 64, "--resolution", 16,
-        "--pretrained_vae_model_name_or_path", tiny_vae, "--pretrained_text_encoder_name_or_path", tiny_text_encoder,
-        "--latents_dir", tmp_path / "cache",
-    )  # fmt: skip
-    cache = LatentCache(tmp_path / "cache")
-    assert len(cache) == 64
-    file = sorted(DATA.glob("emoji/train*.parquet"))[0]
-    rows = pq.ParquetFile(file).iter_batches(64).__next__().to_pydict()
-    images = []
-    for value in rows["image"]:
-        rgba = np.asarray(Image.open(io.BytesIO(value["bytes"])).convert("RGBA")).astype(float)
-        alpha = rgba[:, :, 3:] / 255
-        images.append(Image.fromarray(np.rint(rgba[:, :, :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)))
-    assert np.asarray(images[0])[0, 0].tolist() == [255, 255, 255]
-    latents = cache.gather(np.arange(64))["latents"][:, 0].float()
-    torch.testing.assert_close(latents, encoded(tiny_vae, images), atol=0.02, rtol=0.02)  # a level of rounding in 255
-    captions = datasets.load_from_disk(str(tmp_path / "cache" / "latents"))["caption"][:]
-    assert captions == [[text] for text in rows["text"]]
-
-
-# ---- reading ahead --------------------------------------------------------------------------------------------------
-
-
-def test_rows_are_decoded_ahead_of_the_encoder_across_chunks_and_no_further():
-    """Every row once, in order, whatever thread read it; never more than `ahead` that were not asked for."""
-    started, taken, most = [], 0, 0
-
-    def reader(number, row):
-        nonlocal most
-        started.append(number)
-        most = max(most, len(started) - taken)
-        time.sleep(0.002 * (number % 3))
-        return {"row": number, "image": row["value"]}
-
-    chunks = [(index, 10 * index, [{"value": 10 * index + i} for i in range(10)]) for index in range(4)]
-    with ThreadPoolExecutor(4) as pool:
-        for index, row, read in decode_ahead(iter(chunks), reader, pool, ahead=6):
-            assert (index, row["value"], read) == (taken // 10, taken, {"row": taken, "image": taken})
-            if taken == 9:  # the last row of a chunk: rows of the next one are there before it is asked for
-                deadline = time.monotonic() + 30
-                while len(started) <= 13 and time.monotonic() < deadline:
-                    time.sleep(0.001)
-                assert len(started) > 13
-            taken += 1
-    assert taken == 40
-    assert sorted(started) == list(range(40))
-    assert most <= 7

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,11 @@ from tests.support.processes import (
     scalars,
     start,
 )
+from utils.files import fsync_path
+from utils.image.vae.discriminator import Adversary
+from utils.image.vae.losses import generator_loss
+from utils.training import checkpoints
+from utils.training.step_log import StepLog
 
 SCRIPT = "train_image_vae.py"
 LATEST = ["--resume_from_checkpoint", "latest"]
@@ -167,13 +173,14 @@ def test_killed_and_resumed_with_a_discriminator_is_bit_identical(flags, tmp_pat
     run(SCRIPT, *flags, "--output_dir", tmp_path / "whole", processes=processes)
     folder = tmp_path / "killed"
     chance = random.Random(name)
-    for function, count in (("utils.training.step_log:StepLog.step_done", 3), ("utils.training.checkpoints:fsync_path", 2),
-                            ("utils.training.step_log:StepLog.step_done", 4)):  # fmt: skip
-        rank = chance.randrange(processes) if "StepLog" in function else 0
-        running = start(
-            SCRIPT, *flags, "--output_dir", folder, *LATEST,
-            processes=processes, fault=SignalAt(function, count, rank=rank),
-        )  # fmt: skip
+    for fault in (
+        SignalAt(StepLog.step_done, 3),
+        SignalAt(fsync_path, 2, within=checkpoints),
+        SignalAt(StepLog.step_done, 4),
+    ):
+        if "StepLog" in fault.function:
+            fault = replace(fault, rank=chance.randrange(processes))
+        running = start(SCRIPT, *flags, "--output_dir", folder, *LATEST, processes=processes, fault=fault)
         assert running.wait_for_kill(), running.wait().stderr
     result = run(SCRIPT, *flags, "--output_dir", folder, *LATEST, processes=processes)
     assert "going on from" in result.stderr
@@ -233,7 +240,7 @@ def test_processes_and_micro_batches_are_one_batch(flags, one_batch, tmp_path, p
 
 @pytest.mark.parametrize(
     ("function", "count"),
-    [("utils.image.vae.losses:generator_loss", 2), ("utils.image.vae.discriminator:Adversary.forward", 4)],
+    [(generator_loss, 2), (Adversary.forward, 4)],
     ids=["in the autoencoder's loss", "in the discriminator's loss"],
 )
 def test_a_step_that_is_not_finite_moves_neither(flags, tmp_path, function, count):
