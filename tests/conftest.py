@@ -12,7 +12,7 @@ from tests.support.data import COLOURS
 from tests.support.models import DIT_CONFIG, GRID_FLAGS, TRAIN_FLAGS, UNET_CONFIG, cache_flags
 from tests.support.processes import run, run_script
 from utils.diffusion.objectives import OBJECTIVES, training_scheduler
-from utils.latents.cache import LatentCache
+from utils.image.cache import ImageCache
 
 
 @pytest.fixture(scope="session")
@@ -153,7 +153,7 @@ def accelerator():
 
 @pytest.fixture(scope="session")
 def opened(cache):
-    return LatentCache(cache)
+    return ImageCache(cache)
 
 
 @pytest.fixture(scope="session")

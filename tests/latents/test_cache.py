@@ -16,7 +16,8 @@ from utils.diffusion.conditions import encode_text
 from utils.draws import SampleDraws, uniform_draws
 from utils.errors import UserError
 from utils.image import codec as codecs
-from utils.latents.cache import LatentCache, LatentStream
+from utils.image.cache import ImageCache
+from utils.latents.cache import LatentStream
 from utils.latents.spec import LatentSpec
 
 NUM_ROWS, EPOCHS = 48, 16
@@ -25,7 +26,7 @@ CAPTIONS = [[f"a {name} square", name] for name in COLOURS]  # of label 0, 1, 2
 
 @pytest.fixture(scope="module")
 def opened(cache):
-    return LatentCache(cache)
+    return ImageCache(cache)
 
 
 @pytest.fixture(scope="module")
@@ -215,12 +216,12 @@ def test_normalisation_by_the_vae(opened, table):
 
 
 def test_measured_normalisation_whitens_each_channel(cache, epochs):
-    measured = LatentCache(cache, "measured")
+    measured = ImageCache(cache, "measured")
     positions, _, batch = epochs
     latents = measured.normalise(batch, SampleDraws(0, torch.from_numpy(positions)))
     assert latents.mean((0, 2, 3)).abs().max() < 0.03
     assert (latents.std((0, 2, 3)) - 1).abs().max() < 0.03
-    by_vae = LatentCache(cache).normalise(batch, SampleDraws(0, torch.from_numpy(positions)))
+    by_vae = ImageCache(cache).normalise(batch, SampleDraws(0, torch.from_numpy(positions)))
     assert (by_vae.std((0, 2, 3)) - 1).abs().max() > 0.1  # otherwise this would test nothing
 
 
@@ -228,7 +229,7 @@ def test_measured_normalisation_whitens_each_channel(cache, epochs):
 def test_round_trip(cache, vae, pixels, tiny_vae, name):
     """encode, normalise, denormalise, decode gives what the VAE gives; so does the VAE that carries the normalisation in its
     convolutions, with neither scaling nor shift."""
-    normalisation = LatentCache(cache, name).normalisation
+    normalisation = ImageCache(cache, name).normalisation
     with torch.no_grad():
         posterior = vae.encode(pixels).latent_dist
         expected = vae.decode(posterior.mean).sample
@@ -256,7 +257,7 @@ def test_encoder_in_the_loop_gives_the_losses_of_cached_states(
     """With more captions than --max_cached_captions the cache holds token ids; what is trained is the same."""
     flags = [*cache_flags(image_folder, tiny_vae, tiny_text_encoder), "--max_cached_captions", 1]
     run("precompute_latents.py", *flags, "--latents_dir", tmp_path / "ids")
-    ids = LatentCache(tmp_path / "ids")
+    ids = ImageCache(tmp_path / "ids")
     assert ids.caption_content == "input_ids"
     assert datasets.load_from_disk(str(tmp_path / "ids" / "captions")).features["input_ids"] == datasets.List(
         datasets.Value("int32"), length=77
@@ -303,10 +304,10 @@ DAMAGE = {
 def test_damage_is_found(cache, tmp_path, name):
     damage, expected = DAMAGE[name]
     shutil.copytree(cache, tmp_path / "cache")
-    LatentCache(tmp_path / "cache")
+    ImageCache(tmp_path / "cache")
     damage(tmp_path / "cache")
     with pytest.raises(UserError, match=expected):
-        LatentCache(tmp_path / "cache")
+        ImageCache(tmp_path / "cache")
 
 
 def test_trainer_refuses_a_damaged_cache(cache, model_flags, tmp_path):

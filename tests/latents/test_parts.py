@@ -14,7 +14,8 @@ from tests.support.models import cache_flags
 from tests.support.processes import SignalAt, refused, run, scalars
 from utils.draws import PositionBatches
 from utils.errors import UserError
-from utils.latents.cache import LatentCache, LatentStream
+from utils.image.cache import ImageCache
+from utils.latents.cache import LatentStream
 from utils.latents.parts import pool, readers_of, unevenness
 from utils.latents.spec import LatentSpec
 from utils.training.step_log import StepLog
@@ -47,7 +48,7 @@ def specs_of(folder, *indices):
 
 def test_parts_hold_the_rows_of_the_whole(parts, cache):
     """Chunks of ten rows in turn, encoded as the whole cache has them."""
-    whole, pieces = LatentCache(cache), [LatentCache(parts / f"part-{i}") for i in (0, 1)]
+    whole, pieces = ImageCache(cache), [ImageCache(parts / f"part-{i}") for i in (0, 1)]
     rows = [np.r_[0:10, 20:30, 40:48], np.r_[10:20, 30:40]]
     for piece, own in zip(pieces, rows, strict=True):
         expected, found = whole.gather(own), piece.gather(np.arange(len(piece)))
@@ -98,7 +99,7 @@ def test_streams_read_their_own_part(parts):
     opened, seen = [0, 0, 1, 1], []
     pooled = pool(specs_of(parts, *opened))
     for process, reader in enumerate(readers_of(opened, batch_size=2)):
-        part = LatentCache(parts / f"part-{opened[process]}")
+        part = ImageCache(parts / f"part-{opened[process]}")
         part.join_parts(pooled, "measured", reader)
         stream = LatentStream(part, seed=3)
         batches = iter(PositionBatches(2, 1, 0, process, 4))
@@ -106,7 +107,8 @@ def test_streams_read_their_own_part(parts):
         rows = [stream.order.rows(reader.positions(np.array(each))[1]) for each in positions]
         seen.append(np.concatenate(rows).tolist())
         latents = torch.cat([stream.__getitems__(each)["latents"] for each in positions])
-        plain, flipped = (part.gather(np.array(seen[-1]), np.full(10, draw))["latents"] for draw in (0.0, 0.5))
+        draws = [lambda name, share=share: np.full(10, share) for share in (0.5, 0.0)]
+        plain, flipped = (part.gather(np.array(seen[-1]), draw)["latents"] for draw in draws)
         assert all(any(torch.equal(a, b) for b in both) for a, *both in zip(latents, plain, flipped, strict=True))
     assert sorted(seen[2] + seen[3]) == list(range(20))
     assert len(set(seen[0] + seen[1])) == 20
@@ -119,7 +121,7 @@ def test_the_stream_does_not_depend_on_the_numbers_of_the_machines(parts):
     for opened in ([0, 0, 1, 1], [1, 1, 0, 0], [1, 0, 0, 1]):
         samples.append({})
         for process, reader in enumerate(readers_of(opened, batch_size=2)):
-            part = LatentCache(parts / f"part-{opened[process]}")
+            part = ImageCache(parts / f"part-{opened[process]}")
             part.join_parts(pool(specs_of(parts, *opened)), "measured", reader)
             batches = iter(PositionBatches(2, 1, 3, process, 4))
             for batch in (LatentStream(part, seed=3).__getitems__(next(batches)) for _ in range(3)):

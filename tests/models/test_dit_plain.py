@@ -11,7 +11,8 @@ from torch import nn
 from utils.diffusion.conditions import ClassCondition
 from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.errors import UserError
-from utils.image.networks import build_condition, build_denoiser, dit_arguments
+from utils.image.conditions import IMAGE_CONDITIONS
+from utils.image.networks import build_denoiser, dit_arguments
 from utils.models.dit import DIT_SIZES, DiT, position_table
 
 
@@ -222,4 +223,7 @@ def test_labels_are_as_wide_as_a_model_of_another_width(tmp_path):
     denoiser = build_denoiser(args, SimpleNamespace(spec=spec), "class")
     assert denoiser.conditions.embedding.weight.shape == (4, 48)
     modern = {"projection_class_embeddings_input_dim": 384, "hidden_size": 48}
-    assert build_condition("class", SimpleNamespace(spec=spec), modern, True).embedding.weight.shape == (4, 384)
+    assert IMAGE_CONDITIONS["class"].make_encoder(SimpleNamespace(spec=spec), modern, True).embedding.weight.shape == (
+        4,
+        384,
+    )

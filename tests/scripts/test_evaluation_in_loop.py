@@ -82,11 +82,11 @@ class Watched(Fault):
         owner = importlib.import_module("utils.latents.cache").LatentCache
         gather = owner.gather
 
-        def watched(cache, rows, variant_draw=None, caption_draw=None):
-            if variant_draw is not None:
+        def watched(cache, rows, draw=None):
+            if draw is not None:
                 with open(self.path, "a") as file:
                     file.write(json.dumps(rows.tolist()) + "\n")
-            return gather(cache, rows, variant_draw, caption_draw)
+            return gather(cache, rows, draw)
 
         owner.gather = watched
 

@@ -19,8 +19,8 @@ from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.diffusion.objectives import OBJECTIVES, training_scheduler
 from utils.errors import UserError
 from utils.image import networks as build
+from utils.image.cache import ImageCache
 from utils.image.pipeline import load_run
-from utils.latents.cache import LatentCache
 from utils.training import lora
 from utils.training.held_out import hold_out, validation_losses
 from utils.training.step_log import StepLog
@@ -147,7 +147,7 @@ def test_a_fine_tuned_text_unet_is_a_stock_pipeline(tuned):
 
 def test_fine_tuning_lowers_the_validation_loss(cache, bases, tuned):
     """Of the same held-out latents, noise and timesteps, in the unconditional run that was fine-tuned with labels."""
-    held_out = hold_out(LatentCache(cache), 12)
+    held_out = hold_out(ImageCache(cache), 12)
     objective = OBJECTIVES["flow"](training_scheduler("flow"))
     losses = {
         name: sum(validation_losses(Accelerator(cpu=True), denoiser_of(path), held_out, objective, 12))
@@ -208,7 +208,7 @@ def test_an_unconditional_run_learns_text(cache, bases, tmp_path):
 
 def test_latents_of_another_vae_are_noticed(cache, bases, tmp_path, caplog):
     """With other weights in its decoder; those next to the latents change when a normalisation is folded into them."""
-    spec = LatentCache(cache).spec
+    spec = ImageCache(cache).spec
     shutil.copytree(bases["none"], tmp_path / "run")
     file = tmp_path / "run" / "vae" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)

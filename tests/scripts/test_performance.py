@@ -12,8 +12,8 @@ from PIL import Image
 from tests.support.models import TRAIN_FLAGS
 from tests.support.processes import ROOT, refused, run, run_script
 from utils.diffusion.sampling import speed_up
+from utils.image.cache import ImageCache
 from utils.image.pipeline import load_run
-from utils.latents.cache import LatentCache
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_a_random_cache_is_one_that_readers_know(common, tmp_path):
     import random_data
 
     random_data.write_random_cache(tmp_path, 20, (4, 2, 2), rows_per_shard=7)
-    cache = LatentCache(tmp_path)
+    cache = ImageCache(tmp_path)
     batch = cache.gather(np.array([19, 0]))
     assert batch["latents"].shape == (2, 1, 4, 2, 2)
     assert batch["encoder_hidden_states"].shape == (2, 77, 768)

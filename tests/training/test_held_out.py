@@ -9,7 +9,8 @@ import torch
 from utils.diffusion.objectives import OBJECTIVES, training_scheduler
 from utils.draws import SampleDraws
 from utils.errors import UserError
-from utils.latents.cache import LatentCache, LatentStream
+from utils.image.cache import ImageCache
+from utils.latents.cache import LatentStream
 from utils.latents.spec import LatentSpec
 from utils.training.held_out import check_split, hold_out, open_split, stratified, validation_losses
 
@@ -31,7 +32,7 @@ def test_a_stream_without_held_out_rows(opened):
     """Over three epochs each training row comes three times, and no other; with none held out it is as it always was."""
     held_out = hold_out(opened, 12)
     stored = opened.gather(np.arange(48))["latents"].flatten(1)
-    mirrored = opened.gather(np.arange(48), variant_draw=np.full(48, 0.5))["latents"].flatten(1)
+    mirrored = opened.gather(np.arange(48), lambda name: np.zeros(48))["latents"].flatten(1)
 
     def rows_of(stream, count):
         latents = stream.__getitems__(list(range(count)))["latents"].flatten(1)
@@ -138,7 +139,7 @@ def test_the_loss_depends_on_nothing_but_the_weights(accelerator, opened, flow):
 
 
 def test_a_cache_in_parts_holds_nothing_out(cache):
-    part = LatentCache(cache)
+    part = ImageCache(cache)
     part.reader = object()
     with pytest.raises(UserError, match="--num_validation_samples with a cache in parts"):
         hold_out(part, 4)

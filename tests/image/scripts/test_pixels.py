@@ -10,8 +10,8 @@ from PIL import Image
 
 from tests.support.models import TRAIN_FLAGS
 from tests.support.processes import refused, run
+from utils.image.cache import ImageCache
 from utils.image.data.pixels import BACKGROUNDS, Framing
-from utils.latents.cache import LatentCache
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def pixel_run(pixel_flags, model_flags, tmp_path_factory):
 
 def test_the_cache_holds_the_pixels(pixel_run, image_folder):
     """To the half of a grey level: float16 loses nothing that 8 bits have."""
-    cache = LatentCache(pixel_run / "latents")
+    cache = ImageCache(pixel_run / "latents")
     assert cache.spec.shape == (3, 16, 16)
     stored = cache.gather(np.arange(48))["latents"][:, 0].float()  # (48, 3, 16, 16)
     framing = Framing(16, True, BACKGROUNDS["white"])

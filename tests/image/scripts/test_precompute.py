@@ -16,7 +16,7 @@ from PIL import Image
 from tests.support.images import png
 from tests.support.processes import ROOT, SignalAt, contents, refused, run, run_script, snapshot, start
 from utils.files import replace_durably
-from utils.latents.cache import LatentCache
+from utils.image.cache import ImageCache
 from utils.latents.spec import LatentSpec
 from utils.latents.writer import ShardFolder, finished_cache
 
@@ -301,7 +301,7 @@ def test_every_source_gives_the_same_rows(sources, expected_latents, tiny_vae, t
         *("--latent_content", "mean", "--pretrained_vae_model_name_or_path", tiny_vae),
     ]
     run(PRECOMPUTE, *flags, "--latents_dir", tmp_path / "cache", "--streaming" if streaming else "--no-streaming")
-    cache = LatentCache(tmp_path / "cache")
+    cache = ImageCache(tmp_path / "cache")
     batch = cache.gather(np.arange(24))
     assert batch["class_labels"].tolist() == [i // 8 for i in range(24)]
     torch.testing.assert_close(batch["latents"][:, 0].float(), expected_latents, atol=1e-3, rtol=2e-3)
@@ -343,7 +343,7 @@ def test_too_many_bad_images_stop_and_a_higher_limit_continues(images, tiny_vae,
     assert (
         done.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "latents").iterdir()}.items()
     )
-    cache = LatentCache(tmp_path / "cache")
+    cache = ImageCache(tmp_path / "cache")
     assert cache.spec.num_skipped == len(skipped.read_text().splitlines()) == 42
     assert len(cache) == 158
 
@@ -378,7 +378,7 @@ def test_labels_that_are_none(tiny_vae, tmp_path, label):
     flags += ["--pretrained_vae_model_name_or_path", tiny_vae, "--latents_dir", tmp_path / "cache"]
     if label is None:
         run(PRECOMPUTE, *flags, "--max_skipped_fraction", 0.5)
-        assert LatentCache(tmp_path / "cache").gather(np.arange(2))["class_labels"].tolist() == [0, 1]
+        assert ImageCache(tmp_path / "cache").gather(np.arange(2))["class_labels"].tolist() == [0, 1]
         assert "no label" in (tmp_path / "cache" / "skipped.jsonl").read_text()
         return
     line = refused(run(PRECOMPUTE, *flags, check=False))
@@ -407,9 +407,9 @@ def test_captions_of_every_kind(tiny_vae, tiny_text_encoder, tmp_path):
     assert sorted(table["caption"][:]) == sorted({text for texts in expected for text in texts})
     assert table["caption"][0] == ""
     assert max(table["num_tokens"][:]) == 77
-    cache = LatentCache(tmp_path / "cache")
+    cache = ImageCache(tmp_path / "cache")
     states = torch.tensor(table["hidden_states"][:]).view(len(table), 77, 16)
-    drawn = cache.gather(np.full(2, 3), caption_draw=np.array([0.4, 0.0]))["encoder_hidden_states"].float()
+    drawn = cache.gather(np.full(2, 3), {"caption": np.array([0.4, 0.0])}.__getitem__)["encoder_hidden_states"].float()
     assert torch.equal(drawn, states[[table["caption"][:].index(text) for text in ("two", "one")]])
 
 
@@ -430,7 +430,7 @@ def test_autoencoder_tiny(images, tmp_path):
     assert "AutoencoderTiny" in line
     assert not (tmp_path / "cache").exists()
     run(PRECOMPUTE, *flags)
-    cache = LatentCache(tmp_path / "cache")
+    cache = ImageCache(tmp_path / "cache")
     assert cache.spec.content == "mean"
     pixels = [np.asarray(Image.open(images / f"{i:03d}.png"))[:, 1:17] for i in range(3)]
     with torch.no_grad():

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.support.data import DATA
 from tests.support.processes import run
-from utils.latents.cache import LatentCache
+from utils.image.cache import ImageCache
 
 PRECOMPUTE = "precompute_latents.py"
 
@@ -38,7 +38,7 @@ def test_cifar10(tiny_vae, tmp_path):
         PRECOMPUTE, "--dataset_name", DATA / "cifar10", "--image_column", "img", "--label_column", "label", "--max_samples", 64,
         "--resolution", 16, "--pretrained_vae_model_name_or_path", tiny_vae, "--latents_dir", tmp_path / "cache",
     )  # fmt: skip
-    cache = LatentCache(tmp_path / "cache")
+    cache = ImageCache(tmp_path / "cache")
     batch = cache.gather(np.arange(64))
     file = sorted(DATA.glob("cifar10/train*.parquet"))[0]
     rows = pq.ParquetFile(file).iter_batches(64).__next__().to_pydict()
@@ -55,7 +55,7 @@ def test_emoji_are_laid_on_white(tiny_vae, tiny_text_encoder, tmp_path):
         "--pretrained_vae_model_name_or_path", tiny_vae, "--pretrained_text_encoder_name_or_path", tiny_text_encoder,
         "--latents_dir", tmp_path / "cache",
     )  # fmt: skip
-    cache = LatentCache(tmp_path / "cache")
+    cache = ImageCache(tmp_path / "cache")
     assert len(cache) == 64
     file = sorted(DATA.glob("emoji/train*.parquet"))[0]
     rows = pq.ParquetFile(file).iter_batches(64).__next__().to_pydict()
