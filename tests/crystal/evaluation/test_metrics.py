@@ -1,128 +1,15 @@
-"""Figures of crystals against cells whose distances, volumes and densities are in textbooks."""
+"""Figures of crystals whose values are known: coverage, distributions, what was asked for, and energies."""
 
 import math
-import threading
 import time
 
 import numpy as np
 import pytest
 
-from tests.support.data import DATA
-from utils.crystal import matching as metrics_structures
-from utils.crystal import workers
-from utils.crystal.data.table import load_crystals
+from tests.support.known_crystals import GARBAGE, NACL, NACL_IN_CSCL, NEEDLE, SRTIO3, cubes, rotated, supercell
 from utils.crystal.evaluation import metrics as metrics_crystals
-from utils.crystal.matching import is_match, is_structurally_valid, match_pairs, match_rmsd, novel, unique
 from utils.crystal.structure import Crystal, parse_formula
 from utils.errors import UserError
-
-for package in ("pymatgen", "spglib", "smact", "ase"):
-    pytest.importorskip(package)
-
-FACE_CENTRES = np.array([[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])
-NACL = Crystal(  # a = 5.64 Angstrom; nearest neighbours at a / 2; 2.16 g/cm^3
-    np.array([11] * 4 + [17] * 4),
-    np.concatenate([FACE_CENTRES, (FACE_CENTRES + np.array([0.5, 0, 0])) % 1]),
-    5.64 * np.eye(3),
-)
-NACL_IN_CSCL = Crystal(np.array([11, 17]), np.array([[0, 0, 0], [0.5, 0.5, 0.5]]), 3.5 * np.eye(3))
-SRTIO3 = Crystal(
-    np.array([38, 22, 8, 8, 8]),
-    np.array([[0, 0, 0], [0.5, 0.5, 0.5], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]),
-    3.905 * np.eye(3),
-)
-NAN, ONE = np.nan, np.array([[0.0, 0, 0]])
-GARBAGE = {
-    "coordinate not a number": NACL._replace(frac_coords=NACL.frac_coords * NAN),
-    "lattice not a number": NACL._replace(lattice=NACL.lattice * NAN),
-    "infinite lattice": NACL._replace(lattice=np.full((3, 3), np.inf)),
-    "lattice of 1e200": NACL._replace(lattice=1e200 * np.eye(3)),
-    "no volume": NACL._replace(lattice=np.zeros((3, 3))),
-    "flat": NACL._replace(lattice=np.diag([5.0, 5.0, 0.0])),
-    "nearly flat": NACL._replace(lattice=np.diag([1e3, 1e3, 1e-9])),
-    "all in one place": NACL._replace(frac_coords=NACL.frac_coords * 0),
-    "tiny": NACL._replace(lattice=0.4 * np.eye(3)),
-    "no atoms": Crystal(np.zeros(0, int), np.zeros((0, 3)), 4 * np.eye(3)),
-    "element 0": Crystal(np.array([0]), ONE, 4 * np.eye(3)),
-    "element 119": Crystal(np.array([119]), ONE, 4 * np.eye(3)),
-    "too few positions": Crystal(np.array([11, 17]), ONE, 4 * np.eye(3)),
-}
-NEEDLE = Crystal(np.array([29]), ONE, np.diag([1e-5, 1e3, 1e3]))  # valid to the field, which asks for no own images
-
-
-def rotated(crystal: Crystal) -> Crystal:
-    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
-    return crystal._replace(lattice=crystal.lattice @ (rotation * np.sign(np.linalg.det(rotation))))
-
-
-def supercell(crystal: Crystal) -> Crystal:
-    numbers, frac_coords, lattice = crystal
-    coords = np.concatenate([frac_coords, frac_coords + np.eye(3)[0]]) / [2, 1, 1]
-    return Crystal(np.tile(numbers, 2), coords, np.diag([2, 1, 1]) @ lattice)
-
-
-def other_cell(crystal: Crystal) -> Crystal:
-    change = np.array([[1, 0, 0], [2, 1, 0], [-1, 3, 1]])  # determinant one: the same lattice
-    return crystal._replace(lattice=change @ crystal.lattice, frac_coords=crystal.frac_coords @ np.linalg.inv(change))
-
-
-SAME = {
-    "itself": lambda crystal: crystal,
-    "translated": lambda crystal: crystal._replace(
-        frac_coords=(crystal.frac_coords + np.array([0.13, 0.71, 0.4])) % 1
-    ),
-    "rotated": rotated,
-    "permuted": lambda crystal: Crystal(crystal.atomic_numbers[::-1], crystal.frac_coords[::-1], crystal.lattice),
-    "supercell": supercell,
-    "another cell": other_cell,
-}
-
-
-def cubes(count: int) -> list[Crystal]:
-    """SrTiO3 of growing cells, sites a little off their places."""
-    generator = np.random.default_rng(0)
-    shifts = generator.normal(0, 0.01, (count, 5, 3))
-    return [
-        SRTIO3._replace(frac_coords=(SRTIO3.frac_coords + shift) % 1, lattice=(3.8 + 0.3 * row / count) * np.eye(3))
-        for row, shift in enumerate(shifts)
-    ]
-
-
-def real_crystals(name: str, count: int) -> list[Crystal]:
-    path = DATA / "crystals" / f"{name}.parquet"
-    if not path.exists():
-        pytest.skip(f"no {path}")
-    return load_crystals(str(path), "test", max_samples=count).crystals()
-
-
-# ---- validity
-
-
-def test_valid_structures_and_the_bounds() -> None:
-    assert all(is_structurally_valid(each) for each in (NACL, NACL_IN_CSCL, SRTIO3, other_cell(SRTIO3), NEEDLE))
-    pair = Crystal(np.array([1, 1]), np.array([[0, 0, 0], [0, 0, 0.5]]), np.diag([4.0, 4, 1.02]))
-    assert is_structurally_valid(pair)  # 0.51 Angstrom
-    assert not is_structurally_valid(pair._replace(lattice=np.diag([4.0, 4, 0.98])))
-    near_across = pair._replace(frac_coords=np.array([[0, 0, 0.02], [0, 0, 0.98]]), lattice=np.diag([4.0, 4, 10]))
-    assert not is_structurally_valid(near_across)  # 0.4 Angstrom through the face
-    one = Crystal(np.array([1]), ONE, 0.1 ** (1 / 3) * np.eye(3))
-    assert is_structurally_valid(one._replace(lattice=one.lattice * 1.01))
-    assert not is_structurally_valid(one._replace(lattice=one.lattice * 0.99))
-
-
-@pytest.mark.parametrize("what", GARBAGE)
-def test_garbage_is_invalid_and_raises_nothing(what: str) -> None:
-    crystal = GARBAGE[what]
-    assert not is_structurally_valid(crystal)
-    assert metrics_crystals.structure_fingerprint(crystal) is None
-    assert match_rmsd(crystal, crystal) is None
-    assert not is_match(crystal, NACL)
-    metrics_crystals.is_compositionally_valid(crystal.atomic_numbers)
-    metrics_crystals.is_cubic(crystal)
-    assert metrics_crystals.energies([crystal], Constant()) == [None]
-    assert metrics_crystals.formula_match([crystal], [{14: 1}]).value == 0
-    assert unique([crystal, crystal]).tolist() == [True, True]
-    assert novel([crystal], [crystal]).tolist() == [True]
 
 
 @pytest.mark.parametrize(
@@ -142,49 +29,6 @@ def test_compositional_validity(formula: str, valid: bool) -> None:
     assert time.process_time() - started < 5
 
 
-@pytest.mark.parametrize("name", ["perov_5", "mp_20_biternary"])
-def test_real_crystals_are_valid_and_near_each_other(name: str) -> None:
-    crystals = real_crystals(name, 50)
-    assert np.mean([is_structurally_valid(each) for each in crystals]) >= 0.98
-    assert np.mean([metrics_crystals.is_compositionally_valid(each.atomic_numbers) for each in crystals]) > 0.8
-    figures = metrics_crystals.coverage_figures(crystals, crystals)
-    assert figures["coverage_recall"].value == figures["coverage_precision"].value == 1
-    assert figures["amsd_recall"].value == pytest.approx(0, abs=1e-6)
-    held_out = metrics_crystals.coverage_figures(crystals[:25], crystals[25:], crystals[:25])
-    assert held_out["coverage_precision"].value == pytest.approx(0.95, abs=0.04)  # 24 of 25: what 0.95 means
-
-
-# ---- matching
-
-
-@pytest.mark.parametrize("crystal", [NACL, SRTIO3], ids=["NaCl", "SrTiO3"])
-@pytest.mark.parametrize("change", SAME)
-def test_the_same_crystal_matches_and_has_the_same_fingerprints(crystal: Crystal, change: str) -> None:
-    copy = SAME[change](crystal)
-    assert match_rmsd(copy, crystal) == pytest.approx(0, abs=1e-5)
-    assert is_match(crystal, copy)
-    np.testing.assert_allclose(*metrics_crystals.fingerprints([copy, crystal]), atol=1e-8)
-
-
-def test_different_crystals_do_not_match() -> None:
-    assert match_rmsd(NACL, NACL_IN_CSCL) is None  # one composition, two structures
-    assert not is_match(NACL, NACL_IN_CSCL)
-    assert match_rmsd(NACL, NACL._replace(atomic_numbers=np.array([19] * 4 + [17] * 4))) is None
-    exchanged = SRTIO3._replace(atomic_numbers=np.array([22, 38, 8, 8, 8]))
-    fingerprints = metrics_crystals.fingerprints([SRTIO3, exchanged, NACL, NACL_IN_CSCL])
-    for a, b in ((0, 1), (2, 3)):  # the first pair has the same sites
-        assert np.abs(fingerprints[a] - fingerprints[b]).max() > 0.01
-
-
-def test_rmsd_of_a_known_displacement() -> None:
-    # One of five sites moves by d: without their common shift, the mean square is d^2 (1 / 5 - 1 / 25).
-    moved = SRTIO3.frac_coords.copy()
-    moved[1, 2] += 0.05
-    distance = 0.05 * 3.905
-    expected = distance * (1 / 5 - 1 / 25) ** 0.5 / (3.905**3 / 5) ** (1 / 3)
-    assert match_rmsd(SRTIO3._replace(frac_coords=moved), SRTIO3) == pytest.approx(expected, rel=1e-3)
-
-
 def test_reconstruction_counts_matches() -> None:
     figures = metrics_crystals.reconstruction_figures(
         [NACL, NACL_IN_CSCL, GARBAGE["flat"], SRTIO3], [rotated(NACL), NACL, NACL, SRTIO3]
@@ -192,102 +36,6 @@ def test_reconstruction_counts_matches() -> None:
     assert figures["match_rate"].value == 0.5
     assert (figures["rmsd"].value, figures["rmsd"].num_samples) == (pytest.approx(0, abs=1e-5), 2)
     assert list(metrics_crystals.reconstruction_figures([NACL], [SRTIO3])) == ["match_rate"]
-
-
-def test_unique_and_novel() -> None:
-    broken = GARBAGE["all in one place"]
-    crystals = [NACL, NACL_IN_CSCL, supercell(NACL), SRTIO3, broken, rotated(NACL_IN_CSCL), broken, other_cell(SRTIO3)]
-    assert unique(crystals).tolist() == [True, True, False, True, True, False, True, False]
-    training = [broken, rotated(NACL_IN_CSCL), *GARBAGE.values()]
-    assert novel(crystals, training).tolist() == [True, False, True, True, True, False, True, True]
-    assert novel(crystals, []).all()
-    assert unique([]).shape == (0,)
-
-
-# ---- processes
-
-PLANTED = """
-import os, signal, sys, time
-
-def planted(a, b):
-    assert "torch" not in sys.modules
-    if a.atomic_numbers[0] == 1:
-        time.sleep(60)
-    if a.atomic_numbers[0] == 2:  # as a loop in C: deaf to the alarm
-        signal.signal(signal.SIGALRM, signal.SIG_IGN)
-        time.sleep(60)
-    if a.atomic_numbers[0] == 3:
-        raise ValueError
-    if a.atomic_numbers[0] == 4:
-        os._exit(1)
-    return float(a.atomic_numbers[0])
-"""
-
-
-@pytest.fixture
-def planted(tmp_path, monkeypatch):
-    (tmp_path / "planted_matcher.py").write_text(PLANTED)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(workers, "GRACE_S", 1.0)
-    import planted_matcher
-
-    return planted_matcher.planted
-
-
-def atom(number: int) -> Crystal:
-    return Crystal(np.array([number]), ONE, 4 * np.eye(3))
-
-
-def test_what_hangs_fails_or_dies_costs_one_pair_and_no_other(planted) -> None:
-    numbers = list(range(10, 70))
-    numbers[7], numbers[20], numbers[30], numbers[40] = 1, 2, 3, 4
-    started = time.monotonic()
-    found = match_pairs([(atom(number), NACL) for number in numbers], 2, 1.0, planted)
-    assert time.monotonic() - started < 55  # one that hangs takes 60
-    assert found.rmsds == [None if number < 5 else number for number in numbers]
-    assert (found.num_timed_out, found.num_failed) == (2, 2)
-
-
-def test_a_few_pairs_are_timed_in_this_process(tmp_path, monkeypatch) -> None:
-    import signal
-
-    def slow(a: Crystal, b: Crystal) -> float:
-        if a is NACL:
-            time.sleep(30)
-        if a is SRTIO3:
-            raise ValueError
-        return 1.0
-
-    before = signal.getsignal(signal.SIGALRM)
-    found = match_pairs([(NACL_IN_CSCL, NACL), (NACL, NACL), (SRTIO3, NACL), (NACL_IN_CSCL, NACL)], 4, 1.0, slow)
-    assert found == ([1.0, None, None, 1.0], 1, 1)
-    assert signal.getsignal(signal.SIGALRM) is before
-    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
-    elsewhere = []
-    thread = threading.Thread(target=lambda: elsewhere.append(match_pairs([(NACL, NACL)])))
-    thread.start()
-    thread.join()
-    assert elsewhere[0].rmsds == [pytest.approx(0, abs=1e-5)]
-
-
-def test_processes_find_what_this_process_finds() -> None:
-    crystals = [*cubes(60), NACL, GARBAGE["flat"]]
-    pairs = [(crystals[0], each) for each in crystals]
-    here, there = match_pairs(pairs), match_pairs(pairs, 2)
-    assert here == there
-    assert sum(rmsd is None for rmsd in here.rmsds) == 2
-    assert unique(crystals, 2).sum() == 3
-    assert novel(crystals, cubes(1), 2).sum() == 2
-
-
-def test_pairs_that_had_no_time_are_different_and_warned_about(monkeypatch, caplog) -> None:
-    def hang(a: Crystal, b: Crystal) -> bool:
-        time.sleep(30)
-        return True
-
-    monkeypatch.setattr(metrics_structures, "is_match", hang)
-    assert unique([NACL, NACL], timeout_s=0.1).all()
-    assert "1 pairs of structures took over 0.1 s" in caplog.text
 
 
 # ---- coverage and distributions
@@ -348,16 +96,6 @@ def test_cubes() -> None:
     assert not metrics_crystals.is_cubic(NACL._replace(lattice=np.diag([5.0, 5.0, 5.2])))
     primitive = np.array([[0, 1, 1], [1, 0, 1], [1, 1, 0]]) * 2.0  # three angles of 60 degrees
     assert not metrics_crystals.is_cubic(NACL._replace(lattice=primitive))
-
-
-# ---- energies
-
-
-class Constant:
-    """Stands for a calculator that finds an energy for anything."""
-
-    def get_potential_energy(self, *_, **__) -> float:
-        return 1.0
 
 
 def test_energies_by_ases_calculators() -> None:

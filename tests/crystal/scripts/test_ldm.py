@@ -1,30 +1,30 @@
-"""The scripts of crystals as a user runs them: autoencoder, latent cache, denoiser, adapters; killed, divided, refused."""
+"""train_crystal_ldm.py: runs with and without conditions, kills, two processes, adapters, and what is refused."""
 
-import argparse
-import importlib
 import json
 import random
-import re
 import shutil
-import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from tests.support.crystal_runs import (
+    BASE,
+    CACHE,
+    CONDITIONS,
+    GAPS,
+    LATEST,
+    LDM,
+    MAX_ATOMS,
+    NUM_TRAIN,
+    cache_args,
+    other_vae,
+    sampled,
+)
 from tests.support.models import DIT_CONFIG
 from tests.support.processes import (
-    ROOT,
     SignalAt,
     checkpoint_tensors,
     contents,
@@ -35,426 +35,13 @@ from tests.support.processes import (
     snapshot,
     start,
 )
-from utils.crystal.cache import SetCache, describe_condition
-from utils.crystal.codec import load_crystal_vae
+from utils.crystal.cache import SetCache
 from utils.crystal.data.table import load_crystals
 from utils.crystal.pipeline import load_crystal_run
 from utils.crystal.precompute import build_crystal_cache
 from utils.draws import SampleDraws, StreamOrder, uniform_draws
-from utils.errors import UserError
-from utils.latents.columns import category_name, category_numbers
-from utils.latents.spec import LatentSpec
-from utils.latents.writer import found_or_made
 from utils.models.dit import DiT
 from utils.training.lora import is_adapted
-
-for package in ("pymatgen", "spglib"):
-    pytest.importorskip(package)
-
-VAE, CACHE, LDM = "train_crystal_vae.py", "precompute_latents.py", "train_crystal_ldm.py"
-LATEST = ["--resume_from_checkpoint", "latest"]
-BASE = "--pretrained_model_name_or_path"
-MAX_ATOMS, CHANNELS = 8, 4
-# fmt: off
-TRAIN_VAE = [
-    "--max_atoms", MAX_ATOMS, "--latent_channels", CHANNELS, "--max_train_steps", 6, "--train_batch_size", 8,
-    "--lr_warmup_steps", 0, "--learning_rate", 1e-3, "--checkpointing_steps", 2, "--logging_steps", 1,
-    "--checkpoints_total_limit", 9, "--validation_steps", 3, "--num_validation_crystals", 4, "--num_match_processes", 1,
-]
-TRAIN_LDM = [
-    "--max_train_steps", 8, "--train_batch_size", 8, "--lr_warmup_steps", 0, "--learning_rate", 1e-3, "--ema_decay", 0.8,
-    "--checkpointing_steps", 4, "--logging_steps", 1, "--num_validation_crystals", 3, "--validation_inference_steps", 2,
-]
-CONDITIONS = ["--condition", "composition", "property:band_gap", "class:spacegroup"]
-# fmt: on
-
-# Sites with their element by number, the space group, and lattice constants that hold any two elements apart.
-FACES = [(0, 0, 0), (0, 0.5, 0.5), (0.5, 0, 0.5), (0.5, 0.5, 0)]
-PROTOTYPES = {
-    "rocksalt": ([(0, *site) for site in FACES] + [(1, (x + 0.5) % 1, y, z) for x, y, z in FACES], 225, 4.5, 7.0),
-    "CsCl": ([(0, 0, 0, 0), (1, 0.5, 0.5, 0.5)], 221, 3.0, 5.0),
-    "perovskite": ([(0, 0, 0, 0), (1, 0.5, 0.5, 0.5), *((2, *site) for site in np.roll(FACES[1:], 0, 0))], 221, 3.6, 5.0),
-}  # fmt: skip
-NUM_CRYSTALS, NUM_VAL, NUM_TEST = 60, 8, 8
-NUM_TRAIN = NUM_CRYSTALS - NUM_VAL - NUM_TEST
-GAPS = range(0, 60, 7)  # rows without a band gap
-INFINITE = 3  # the row whose band gap is infinite
-
-
-def rows_of_crystals() -> dict[str, list]:
-    generator = np.random.default_rng(0)
-    rows: dict[str, list] = {
-        name: [] for name in ("atomic_numbers", "frac_coords", "lattice", "spacegroup", "prototype")
-    }
-    for i in range(NUM_CRYSTALS):
-        name = list(PROTOTYPES)[i % len(PROTOTYPES)]
-        sites, number, low, high = PROTOTYPES[name]
-        elements = generator.choice(np.arange(1, 90), 3, replace=False)
-        rows["atomic_numbers"].append([int(elements[int(site[0])]) for site in sites])
-        rows["frac_coords"].append([float(x) for site in sites for x in site[1:]])
-        rows["lattice"].append((generator.uniform(low, high) * np.eye(3)).flatten().tolist())
-        rows["spacegroup"].append(number)
-        rows["prototype"].append(None if i % 10 == 4 else "" if i % 10 == 5 else name)
-    rows["material_id"] = [f"mp-{i}" for i in range(NUM_CRYSTALS)]
-    gaps = np.round(generator.gamma(2.0, 1.0, NUM_CRYSTALS), 3)
-    rows["band_gap"] = [
-        None if i in GAPS else float("inf") if i == INFINITE else float(gaps[i]) for i in range(NUM_CRYSTALS)
-    ]
-    rows["constant"] = [0.1] * NUM_CRYSTALS  # the std of which is not zero in floating point
-    rows["nothing"] = [None] * NUM_CRYSTALS
-    rows["positions"] = [float(i) for i in range(NUM_CRYSTALS)]
-    rows["split"] = ["train"] * NUM_TRAIN + ["val"] * NUM_VAL + ["test"] * NUM_TEST
-    return rows
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    path = tmp_path_factory.mktemp("crystals") / "crystals.parquet"
-    rows = rows_of_crystals()
-    types = {"nothing": pa.float64()}
-    pq.write_table(pa.table({name: pa.array(values, type=types.get(name)) for name, values in rows.items()}), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def vae_run(dataset, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vae") / "run"
-    run(VAE, "--dataset_name", dataset, *TRAIN_VAE, "--output_dir", folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def cache_flags(dataset, vae_run):
-    return [
-        *("--modality", "crystal", "--dataset_name", dataset, "--pretrained_vae_model_name_or_path", vae_run),
-        *("--max_atoms", MAX_ATOMS, "--num_translations", 3, "--rows_per_shard", 16, "--encode_batch_size", 8),
-    ]
-
-
-@pytest.fixture(scope="module")
-def caches(cache_flags, tmp_path_factory):
-    """Of the splits train and val."""
-    folder = tmp_path_factory.mktemp("caches")
-    for split in ("train", "val"):
-        run(CACHE, *cache_flags, "--dataset_split", split, "--latents_dir", folder / split)
-    return {path.name: path for path in folder.iterdir()}
-
-
-@pytest.fixture(scope="module")
-def ldm_flags(caches, tmp_path_factory):
-    """Of a tiny denoiser, without --output_dir."""
-    config = tmp_path_factory.mktemp("model") / "dit.json"
-    config.write_text(json.dumps(DIT_CONFIG))
-    return ["--latents_dir", caches["train"], *TRAIN_LDM, "--model_config", config]
-
-
-@pytest.fixture(scope="module")
-def evaluated(caches):
-    return ["--eval_steps", 4, "--validation_latents_dir", caches["val"]]
-
-
-@pytest.fixture(scope="module")
-def conditional(ldm_flags, evaluated, tmp_path_factory):
-    """A finished run of v-prediction with three conditions; and what it said."""
-    folder = tmp_path_factory.mktemp("conditional") / "run"
-    return folder, run(LDM, *ldm_flags, *CONDITIONS, *evaluated, "--output_dir", folder).stderr
-
-
-@pytest.fixture(scope="module")
-def unconditional(ldm_flags, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("unconditional") / "run"
-    run(LDM, *ldm_flags, "--prediction_type", "flow", "--max_train_steps", 30, "--output_dir", folder)
-    return folder
-
-
-def sampled(folder, values, **settings):
-    pipeline = load_crystal_run(folder)
-    num_atoms = torch.tensor([5, 8])
-    generators = [torch.Generator().manual_seed(i) for i in range(2)]
-    latents = pipeline.latents(num_atoms, values, 3, generator=generators, **settings)
-    found = pipeline.decode(latents, num_atoms)
-    assert [len(crystal.atomic_numbers) for crystal in found] == [5, 8]
-    assert all(np.isfinite(crystal.frac_coords).all() and np.isfinite(crystal.lattice).all() for crystal in found)
-    return latents
-
-
-# ---- the autoencoder -------------------------------------------------------------------------------------------------
-
-
-def test_the_autoencoder_trains(vae_run, dataset):
-    for name in ("loss", "element", "coordinate", "length", "angle", "kl"):
-        assert list(scalars(vae_run, f"train/{name}")) == [1, 2, 3, 4, 5, 6]
-    losses = {
-        name: scalars(vae_run, f"train/{name}")[1] for name in ("element", "coordinate", "length", "angle", "kl")
-    }
-    expected = losses["element"] + 10 * losses["coordinate"] + losses["length"] + 10 * losses["angle"]
-    assert scalars(vae_run, "train/loss")[1] == pytest.approx(expected + 1e-5 * losses["kl"], rel=1e-5)
-    losses = list(scalars(vae_run, "train/element").values())
-    assert losses[0] > losses[-1]
-    for name in ("match_rate", "kl", "active_channels"):
-        assert list(scalars(vae_run, f"validation/{name}")) == [3, 6]
-
-
-def test_the_latents_of_the_training_set_are_measured(vae_run, dataset):
-    """Mean and std per channel over all real atoms, of sampled latents."""
-    vae = load_crystal_vae(str(vae_run))
-    table = load_crystals(str(dataset), "train", MAX_ATOMS)
-    assert len(table) == NUM_TRAIN
-    means, variances = [], []
-    for row in range(len(table)):
-        one = table.take(np.array([row]))
-        posterior = encoded(vae, one, torch.from_numpy(one.frac_coords))
-        means.append(posterior.mean[0, : table.num_atoms[row]])
-        variances.append(posterior.logvar[0, : table.num_atoms[row]].exp())
-    means, variances = torch.cat(means).double(), torch.cat(variances).double()
-    np.testing.assert_allclose(vae.config.latents_mean, means.mean(dim=0), atol=1e-5)
-    expected = (means.var(dim=0, correction=0) + variances.mean(dim=0)).sqrt()
-    np.testing.assert_allclose(vae.config.latents_std, expected, rtol=1e-4)
-
-
-def encoded(vae, table, frac_coords):
-    """The posterior of crystals of one size, without padding."""
-    count = int(table.num_atoms[0])
-    with torch.no_grad():
-        return vae.encode(
-            torch.from_numpy(table.atomic_numbers[:, :count]),
-            frac_coords[:, :count],
-            torch.from_numpy(table.lengths),
-            torch.from_numpy(table.angles),
-            torch.ones(len(table), count, dtype=torch.bool),
-        )
-
-
-def test_killed_and_resumed_autoencoder_is_bit_identical(dataset, vae_run, tmp_path):
-    """After a step, while a checkpoint is written, after another step; and when all that is left is to export."""
-    flags = ["--dataset_name", dataset, *TRAIN_VAE, "--output_dir", tmp_path / "run", *LATEST]
-    kills = [
-        ("utils.training.step_log:StepLog.step_done", 3),
-        ("utils.training.checkpoints:fsync_path", 2),
-        ("utils.training.step_log:StepLog.step_done", 2),
-        ("utils.crystal.vae.training:measure_latents", 1),
-    ]
-    for function, count in kills:
-        running = start(VAE, *flags, fault=SignalAt(function, count))
-        assert running.wait_for_kill(), running.wait().stderr
-        assert not (tmp_path / "run" / "vae").exists()
-    assert "going on from" in run(VAE, *flags).stderr
-    for step in (4, 6):
-        found = checkpoint_tensors(tmp_path / "run", step)
-        assert len(found) > 200
-        assert differing(found, checkpoint_tensors(vae_run, step)) == []
-    assert contents(tmp_path / "run" / "vae") == contents(vae_run / "vae")  # what was measured too
-    assert scalars(tmp_path / "run", "train/loss") == scalars(vae_run, "train/loss")
-
-
-def test_formulas_are_kept_out_without_a_split(dataset, tmp_path):
-    """No formula is on both sides; Without translations, in two micro-steps and in bf16."""
-    table = pq.read_table(dataset).drop_columns(["split"])
-    pq.write_table(table, tmp_path / "all.parquet")
-    flags = ["--dataset_name", tmp_path / "all.parquet", *TRAIN_VAE, "--max_train_steps", 1, "--no-use_ema"]
-    flags += ["--no-random_translation", "--gradient_accumulation_steps", 2, "--mixed_precision", "bf16"]
-    log = run(VAE, *flags, "--output_dir", tmp_path / "run").stderr
-    kept_out = re.search(r"(\d+) crystals to train on, (\d+) kept out \(a tenth of the formulas\)", log)
-    assert sum(map(int, kept_out.groups())) == NUM_CRYSTALS
-    assert 0 < int(kept_out[2]) < NUM_CRYSTALS / 3
-
-
-# ---- the cache -------------------------------------------------------------------------------------------------------
-
-
-def check_cache(folder, vae, table, seed, num_translations):
-    """Each row of a cache against the autoencoder, one crystal at a time and without padding."""
-    cache = SetCache(folder)
-    assert len(cache) == len(table)
-    rows = np.arange(len(table))
-    for number in range(num_translations):
-        moments = cache.gather(rows, np.full(len(rows), (number + 0.5) / num_translations))["latents"]
-        draws = SampleDraws(seed, torch.from_numpy(rows * num_translations + number))
-        shift = torch.stack([draws.uniform(f"translation_{axis}") for axis in "abc"], dim=1)
-        if num_translations == 1:
-            shift = torch.zeros_like(shift)
-        for row in rows:
-            one, count = table.take(rows[row : row + 1]), table.num_atoms[row]
-            posterior = encoded(vae, one, (torch.from_numpy(one.frac_coords) + shift[row]) % 1.0)
-            torch.testing.assert_close(moments[row, 0, :count], posterior.mean[0], rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(moments[row, 1, :count], posterior.std[0], rtol=1e-4, atol=1e-5)
-            assert not moments[row, :, count:].any()
-    return cache
-
-
-def test_the_cache_holds_what_the_autoencoder_gives(caches, dataset, vae_run):
-    vae, table = load_crystal_vae(str(vae_run)), load_crystals(str(dataset), "train", MAX_ATOMS)
-    cache = check_cache(caches["train"], vae, table, 0, 3)
-    assert cache.spec.num_items == {"2": 15, "5": 14, "8": 15}
-    variants = [cache.gather(np.arange(5), np.full(5, x))["latents"] for x in (0.1, 0.5, 0.9)]
-    assert not torch.allclose(variants[0], variants[1], atol=1e-4)
-    assert not torch.allclose(variants[1], variants[2], atol=1e-4)
-    assert cache.normalisation.mean == tuple(torch.tensor(vae.config.latents_mean).tolist())
-    batch = cache.gather(np.arange(len(cache)))
-    assert batch["attention_mask"].sum(dim=1).tolist() == table.num_atoms.tolist()
-    measured = SetCache(caches["train"], "measured").normalisation
-    moments = torch.cat(
-        [cache.gather(np.arange(len(cache)), np.full(len(cache), x))["latents"] for x in (0.1, 0.5, 0.9)]
-    )
-    atoms = moments.transpose(1, 2)[batch["attention_mask"].repeat(3, 1)].double()  # (atoms, 2, D)
-    np.testing.assert_allclose(measured.mean, atoms[:, 0].mean(dim=0), atol=1e-5)
-    expected = (atoms[:, 0].var(dim=0, correction=0) + atoms[:, 1].square().mean(dim=0)).sqrt()
-    np.testing.assert_allclose(measured.std, expected, rtol=1e-4)
-
-
-def cache_args(dataset, vae, **settings):
-    """What precompute_latents.py parses."""
-    defaults = {
-        "dataset_name": str(dataset), "dataset_split": "train", "max_atoms": MAX_ATOMS, "max_samples": 10, "seed": 0,
-        "max_skipped_fraction": 0.05, "pretrained_vae_model_name_or_path": str(vae), "num_translations": 1,
-        "encode_batch_size": 4, "rows_per_shard": 100,
-    }  # fmt: skip
-    return argparse.Namespace(**defaults | settings)
-
-
-@pytest.fixture(scope="module")
-def small_cache(dataset, vae_run, tmp_path_factory):
-    """Of ten crystals that are not moved."""
-    folder = tmp_path_factory.mktemp("small") / "cache"
-    build_crystal_cache(cache_args(dataset, vae_run), Accelerator(cpu=True), folder)
-    return folder
-
-
-def test_one_translation_is_none(small_cache, dataset, vae_run):
-    table = load_crystals(str(dataset), "train", MAX_ATOMS, max_samples=10)
-    check_cache(small_cache, load_crystal_vae(str(vae_run)), table, 0, 1)
-    assert LatentSpec.read(small_cache).variants() == ["latents"]
-
-
-def other_vae(vae_run, folder):
-    """The same autoencoder but for one number."""
-    shutil.copytree(vae_run / "vae", folder / "vae")
-    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
-    weights = load_file(file)
-    weights["to_moments.bias"][0] += 0.01
-    save_file(weights, file, metadata={"format": "pt"})
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("settings", "key"),
-    [
-        ({"num_translations": 2}, "num_translations = 1"),
-        ({"seed": 1}, "seed = 0"),
-        ({"max_samples": 9}, "dataset = "),
-        ({"dataset_split": "val"}, "dataset = "),
-        ({"pretrained_vae_model_name_or_path": "other"}, "vae = "),
-    ],
-    ids=lambda value: str(value)[:30],
-)
-def test_a_finished_cache_with_other_flags_is_refused(small_cache, dataset, vae_run, tmp_path, settings, key):
-    if "pretrained_vae_model_name_or_path" in settings:
-        settings = {"pretrained_vae_model_name_or_path": str(other_vae(vae_run, tmp_path / "other"))}
-    args, before = cache_args(dataset, vae_run, **settings), snapshot(small_cache)
-    with pytest.raises(UserError, match=f"was made with {key}"):
-        build_crystal_cache(args, Accelerator(cpu=True), small_cache)
-    assert snapshot(small_cache) == before
-    identity = build_crystal_cache(args, Accelerator(cpu=True), tmp_path / "cache").identity()
-    assert identity != LatentSpec.read(small_cache).identity()
-
-
-def test_a_finished_cache_is_found(small_cache, dataset, vae_run, tmp_path):
-    """By the same weights under another path; and a cache begun with the data changed under it is another one."""
-    shutil.copytree(vae_run, tmp_path / "moved")
-    args = cache_args(dataset, tmp_path / "moved")
-    spec = build_crystal_cache(args, Accelerator(cpu=True), small_cache)
-    assert spec.identity() == LatentSpec.read(small_cache).identity()
-    rows = pq.read_table(dataset).to_pydict()
-    rows["band_gap"][1] += 0.5
-    pq.write_table(pa.table(rows), tmp_path / "changed.parquet")
-    changed = build_crystal_cache(
-        cache_args(tmp_path / "changed.parquet", vae_run), Accelerator(cpu=True), tmp_path / "cache"
-    )
-    assert changed.fingerprint["dataset"]["sha256"] != spec.fingerprint["dataset"]["sha256"]
-
-
-def test_killed_and_started_again(cache_flags, caches, tmp_path):
-    """While the second shard is made; not with other flags."""
-    flags = [*cache_flags, "--latents_dir", tmp_path / "cache"]
-    assert start(CACHE, *flags, fault=SignalAt("utils.crystal.precompute:encode_rows", 4)).wait_for_kill()
-    assert not (tmp_path / "cache" / "latent_spec.json").exists()
-    assert "num_translations = 3" in refused(run(CACHE, *flags, "--num_translations", 4, check=False))
-    run(CACHE, *flags)
-    assert contents(tmp_path / "cache") == contents(caches["train"])
-
-
-def test_two_processes_make_the_cache_of_one(cache_flags, caches, tmp_path):
-    run(CACHE, *cache_flags, "--latents_dir", tmp_path / "cache", processes=2)
-    assert contents(tmp_path / "cache") == contents(caches["train"])
-
-
-def test_a_process_that_comes_late_does_not_leave_the_others_waiting(caches, tmp_path):
-    """Process 1 looks for the cache when process 0 could have finished it: both meet as often, and both are given it."""
-    spec = LatentSpec.read(caches["train"])
-    barrier = threading.Barrier(2)
-    meetings = {0: 0, 1: 0}
-
-    def build(rank):
-        def meet():
-            meetings[rank] += 1
-            barrier.wait(timeout=10)
-
-        time.sleep(rank * 0.3)
-        process = SimpleNamespace(is_main_process=rank == 0, wait_for_everyone=meet)
-        copy = partial(shutil.copytree, caches["train"], tmp_path / "cache", dirs_exist_ok=True)
-        return found_or_made(process, tmp_path / "cache", spec.fingerprint, 16, copy)
-
-    with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(build, range(2))) == [spec, spec]
-    assert meetings[0] == meetings[1] > 0
-
-
-# ---- columns as conditions -------------------------------------------------------------------------------------------
-
-
-def test_conditions_are_measured_on_the_training_set(caches):
-    cache = SetCache(caches["train"])
-    rows = rows_of_crystals()
-    known = [gap for gap in rows["band_gap"][:NUM_TRAIN] if gap is not None and np.isfinite(gap)]
-    asked = {name: describe_condition(cache, kind, name) for name, kind in {
-        "band_gap": "property", "spacegroup": "class", "prototype": "class", "composition": "composition",
-        "chemical_system": "chemical_system",
-    }.items()}  # fmt: skip
-    assert asked["band_gap"]["mean"] == pytest.approx(np.mean(known))
-    assert asked["band_gap"]["std"] == pytest.approx(np.std(known))
-    assert asked["spacegroup"]["names"] == ["221", "225"]
-    assert asked["prototype"]["names"] == ["CsCl", "perovskite", "rocksalt"]
-    cache.use_conditions(asked)
-    for each in (cache, cache.like(caches["val"])):
-        first = 0 if each is cache else NUM_TRAIN
-        batch = each.gather(np.arange(len(each)))
-        for row in range(len(each)):
-            gap, prototype = rows["band_gap"][first + row], rows["prototype"][first + row]
-            if gap is None or not np.isfinite(gap):
-                assert not np.isfinite(batch["band_gap"][row])
-            else:
-                assert batch["band_gap"][row].item() == pytest.approx(gap)
-            assert asked["spacegroup"]["names"][batch["spacegroup"][row]] == str(rows["spacegroup"][first + row])
-            names = [*asked["prototype"]["names"], None]
-            assert names[batch["prototype"][row]] == (prototype or None)
-            numbers = rows["atomic_numbers"][first + row]
-            shares = {number: numbers.count(number) / len(numbers) for number in numbers}
-            found = batch["composition"][row]
-            assert {int(i) + 1: found[i].item() for i in found.nonzero()[:, 0]} == pytest.approx(shares)
-            assert (batch["chemical_system"][row] > 0).equal(found > 0)
-            assert set(batch["chemical_system"][row].tolist()) == {0.0, 1.0}
-
-
-@pytest.mark.parametrize(
-    ("value", "name"),
-    [(225.0, "225"), (225, "225"), ("225", "225"), (1.5, "1.5"), (True, "True"), (None, None), (float("nan"), None),
-     (float("inf"), None), ("", None), (np.float64(2), "2"), ("P 1", "P 1")],
-)  # fmt: skip
-def test_names_of_categories(value, name):
-    assert category_name(value) == name
-    column = np.array([value, "other"], dtype=object)
-    assert category_numbers(column, ["other", "225", "2"])[0] == {"225": 1, "2": 2}.get(name, -1)
-
 
 # ---- the denoiser ----------------------------------------------------------------------------------------------------
 
@@ -612,15 +199,6 @@ def test_two_processes_are_one_batch(ldm_flags, evaluated, tmp_path):
         assert list(second.values()) == pytest.approx(list(first.values()), rel=1e-5)
     worst = max(((one[key] - two[key]).abs().max() / one[key].abs().max().clamp(min=1e-3)).item() for key in one)
     assert worst < 1e-5
-
-
-def test_two_processes_train_one_autoencoder(dataset, vae_run, tmp_path):
-    """Weights to a fiftieth of one step's learning rate, as for images."""
-    flags = ["--dataset_name", dataset, *TRAIN_VAE, "--max_train_steps", 4, "--adam_epsilon", 1e-3, "--no-use_ema"]
-    run(VAE, *flags, "--output_dir", tmp_path / "one")
-    run(VAE, *flags, "--train_batch_size", 4, "--output_dir", tmp_path / "two", processes=2)
-    one, two = (load_file(tmp_path / name / "checkpoint-4" / "model.safetensors") for name in ("one", "two"))
-    assert max((one[key] - two[key]).abs().max().item() for key in one) < 2e-5
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------
@@ -821,47 +399,6 @@ def test_an_autoencoder_that_changed_is_noticed(dataset, vae_run, ldm_flags, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_a_cache_is_refused(cache_flags, dataset, vae_run, tiny_vae, tmp_path):
-    end = ["--latents_dir", tmp_path / "cache"]
-    cases = {
-        ("--max_atoms", 9): [f"--max_atoms 9: the VAE was trained with up to {MAX_ATOMS} atoms"],
-        ("--max_atoms", 1): ["--dataset_name", "cannot be used", "--max_atoms"],
-        ("--dataset_name", tmp_path / "nowhere.parquet"): ["--dataset_name", "nowhere.parquet does not exist"],
-        ("--dataset_split", "other"): ["--dataset_name", "no rows of split other", "test, train, val"],
-        ("--pretrained_vae_model_name_or_path", tiny_vae): ["--pretrained_vae_model_name_or_path", "no CrystalVAE"],
-        ("--pretrained_vae_model_name_or_path", tmp_path / "no" / "vae"): ["--pretrained_vae_model_name_or_path", "exist"],
-        ("--num_translations", 0): ["--num_translations", "at least 1"],
-    }  # fmt: skip
-    for flags, words in cases.items():
-        message = refused(run(CACHE, *cache_flags, *flags, *end, check=False))
-        assert all(word in message for word in words), message
-    assert "--latents_dir is required" in refused(run(CACHE, *cache_flags, check=False))
-    (tmp_path / "cache").mkdir(exist_ok=True)
-    (tmp_path / "cache" / "letter.txt").write_text("dear")
-    assert "is not empty and holds no latent cache" in refused(run(CACHE, *cache_flags, *end, check=False))
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--dataset_name", "nowhere/at/all.parquet"], ["--dataset_name", "nowhere/at/all.parquet does not exist"]),
-        (["--max_atoms", 1], ["--dataset_name", "cannot be used", "--max_atoms"]),
-        (["--validation_dataset_name", "nowhere/at/all.parquet"], ["--validation_dataset_name", "does not exist"]),
-        (["--validation_split", "other"], ["no rows of split other"]),
-        (["--validation_dataset_name", "x", "--validation_split", "test"], ["both say what is kept out"]),
-        (["--vae_size", "huge"], ["--vae_size", "huge"]),
-        (["--latent_channels", 0], ["--latent_channels"]),
-        (["--no-use_ema", "--ema_decay", 0.9], ["--ema_decay with --no-use_ema"]),
-    ],
-    ids=lambda value: " ".join(map(str, value))[:40],
-)  # fmt: skip
-def test_an_autoencoder_is_refused(dataset, tmp_path, flags, words):
-    result = run(VAE, "--dataset_name", dataset, *TRAIN_VAE, *flags, "--output_dir", tmp_path / "run", check=False)
-    message = refused(result)
-    assert all(word in message for word in words), message
-    assert not (tmp_path / "run").exists()
-
-
 def test_going_on_as_another_run_is_refused(ldm_flags, evaluated, conditional, tmp_path):
     folder, _ = conditional
     before = snapshot(folder)
@@ -871,35 +408,3 @@ def test_going_on_as_another_run_is_refused(ldm_flags, evaluated, conditional, t
     message = refused(run(LDM, *flags, *CONDITIONS, "--prediction_type", "epsilon", check=False))
     assert "prediction_type = v_prediction" in message
     assert snapshot(folder) == before
-
-
-HELP = {
-    (VAE,): ["--dataset_name", "--max_atoms", "--latent_channels", "--kl_weight", "--random_translation", "--use_ema"],
-    (CACHE, "--modality", "crystal"): ["--num_translations", "--max_atoms", "--encode_batch_size", "--latents_dir"],
-    (LDM,): ["--condition", "--cond_drop_prob", "--early_stopping_patience", "--lora_rank", "--prediction_type",
-             "--validation_guidance_scale", "--model_size", BASE],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("command", HELP, ids=" ".join)
-def test_help_lists_the_flags(command):
-    text = run(*command, "--help").stdout
-    assert all(flag in text for flag in (*HELP[command], "--config", "--seed")), text
-
-
-RECIPES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.stem[:4] in ("pero", "mp20")}
-
-
-@pytest.mark.parametrize("name", [name for name in RECIPES if not name.endswith("_model")])
-def test_recipes_are_accepted(monkeypatch, name):
-    """By the script that their name says; a model's own file by the model."""
-    script = importlib.import_module("train_crystal_vae" if name.endswith("_vae") else "train_crystal_ldm")
-    flags = ["--config", str(RECIPES[name]), "--output_dir", "o"]
-    flags += (
-        ["--dataset_name", "d"] if name.endswith("_vae") else ["--latents_dir", "l", "--validation_latents_dir", "v"]
-    )
-    monkeypatch.setattr(sys, "argv", ["x", *flags])
-    args = script.parse_args()
-    if not name.endswith("_vae"):
-        config = yaml.safe_load((ROOT / args.model_config).read_text())
-        assert DiT(latent_kind="set", patch_size=1, **config).config.hidden_size == config["hidden_size"]
