@@ -8,6 +8,11 @@ import numpy as np
 from tests.support.processes import SignalAt, checkpoint_tensors, contents, differing, run, scalars, start
 from utils.expression.data.source import open_cells
 from utils.expression.data.table import read_table, stratified_split
+from utils.expression.validation import CellSamples
+from utils.files import fsync_path
+from utils.training import checkpoints
+from utils.training.evaluator import Evaluator
+from utils.training.step_log import StepLog
 
 VAE, CACHE, LDM, SAMPLE = "train_expression_vae.py", "precompute_latents.py", "train_expression_ldm.py", "sample.py"
 LATEST = ["--resume_from_checkpoint", "latest"]
@@ -59,15 +64,15 @@ def split_of(data) -> np.ndarray:
 def check_killed(flags, expected, folder, seed):
     chance = random.Random(seed)
     kills = [
-        ("utils.training.step_log:StepLog.step_done", chance.randint(1, 3)),
-        ("utils.training.checkpoints:fsync_path", 2),
-        ("utils.training.evaluator:Evaluator._keep", 1),
-        ("utils.training.step_log:StepLog.step_done", 6),
-        ("utils.expression.validation:CellSamples.save", 1),
+        SignalAt(StepLog.step_done, chance.randint(1, 3)),
+        SignalAt(fsync_path, 2, within=checkpoints),
+        SignalAt(Evaluator._keep, 1),
+        SignalAt(StepLog.step_done, 6),
+        SignalAt(CellSamples.save, 1),
     ]
-    for function, count in kills:
-        running = start(LDM, *flags, fault=SignalAt(function, count))
-        assert running.wait_for_kill(), (function, running.wait().stderr)
+    for fault in kills:
+        running = start(LDM, *flags, fault=fault)
+        assert running.wait_for_kill(), (fault, running.wait().stderr)
         assert not (folder / "model_index.json").exists()
     assert "going on from" in run(LDM, *flags).stderr
     found = checkpoint_tensors(folder, 8)

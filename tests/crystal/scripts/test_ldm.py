@@ -39,9 +39,14 @@ from utils.crystal.cache import SetCache
 from utils.crystal.data.table import load_crystals
 from utils.crystal.pipeline import load_crystal_run
 from utils.crystal.precompute import build_crystal_cache
+from utils.crystal.validation import CrystalSamples
 from utils.draws import SampleDraws, StreamOrder, uniform_draws
+from utils.files import fsync_path
 from utils.models.dit import DiT
+from utils.training import checkpoints
+from utils.training.evaluator import Evaluator
 from utils.training.lora import is_adapted
+from utils.training.step_log import StepLog
 
 # ---- the denoiser ----------------------------------------------------------------------------------------------------
 
@@ -161,15 +166,15 @@ def test_killed_and_resumed_denoiser_is_bit_identical(ldm_flags, evaluated, cond
     flags = [*ldm_flags, *CONDITIONS, *evaluated, "--output_dir", folder, *LATEST]
     chance = random.Random(0)
     kills = [
-        ("utils.training.step_log:StepLog.step_done", chance.randint(1, 3)),
-        ("utils.training.checkpoints:fsync_path", 2),
-        ("utils.training.evaluator:Evaluator._keep", 1),
-        ("utils.training.step_log:StepLog.step_done", 6),
-        ("utils.crystal.validation:CrystalSamples.save", 1),
+        SignalAt(StepLog.step_done, chance.randint(1, 3)),
+        SignalAt(fsync_path, 2, within=checkpoints),
+        SignalAt(Evaluator._keep, 1),
+        SignalAt(StepLog.step_done, 6),
+        SignalAt(CrystalSamples.save, 1),
     ]
-    for function, count in kills:
-        running = start(LDM, *flags, fault=SignalAt(function, count))
-        assert running.wait_for_kill(), (function, running.wait().stderr)
+    for fault in kills:
+        running = start(LDM, *flags, fault=fault)
+        assert running.wait_for_kill(), (fault, running.wait().stderr)
         assert not (folder / "model_index.json").exists()
     assert "going on from" in run(LDM, *flags).stderr
     found = checkpoint_tensors(folder, 8)

@@ -19,7 +19,7 @@ from tests.support.processes import SignalAt, contents, refused, run, snapshot, 
 from utils.crystal.cache import SetCache, describe_condition
 from utils.crystal.codec import load_crystal_vae
 from utils.crystal.data.table import load_crystals
-from utils.crystal.precompute import build_crystal_cache
+from utils.crystal.precompute import build_crystal_cache, encode_rows
 from utils.draws import SampleDraws
 from utils.errors import UserError
 from utils.latents.spec import LatentSpec
@@ -122,7 +122,7 @@ def test_a_finished_cache_is_found(small_cache, dataset, vae_run, tmp_path):
 def test_killed_and_started_again(cache_flags, caches, tmp_path):
     """While the second shard is made; not with other flags."""
     flags = [*cache_flags, "--latents_dir", tmp_path / "cache"]
-    assert start(CACHE, *flags, fault=SignalAt("utils.crystal.precompute:encode_rows", 4)).wait_for_kill()
+    assert start(CACHE, *flags, fault=SignalAt(encode_rows, 4)).wait_for_kill()
     assert not (tmp_path / "cache" / "latent_spec.json").exists()
     assert "num_translations = 3" in refused(run(CACHE, *flags, "--num_translations", 4, check=False))
     run(CACHE, *flags)

@@ -12,6 +12,10 @@ from tests.support.crystal_runs import LATEST, MAX_ATOMS, NUM_CRYSTALS, NUM_TRAI
 from tests.support.processes import SignalAt, checkpoint_tensors, contents, differing, refused, run, scalars, start
 from utils.crystal.codec import load_crystal_vae
 from utils.crystal.data.table import load_crystals
+from utils.crystal.vae.training import measure_latents
+from utils.files import fsync_path
+from utils.training import checkpoints
+from utils.training.step_log import StepLog
 
 
 def test_the_autoencoder_trains(vae_run, dataset):
@@ -49,13 +53,13 @@ def test_killed_and_resumed_autoencoder_is_bit_identical(dataset, vae_run, tmp_p
     """After a step, while a checkpoint is written, after another step; and when all that is left is to export."""
     flags = ["--dataset_name", dataset, *TRAIN_VAE, "--output_dir", tmp_path / "run", *LATEST]
     kills = [
-        ("utils.training.step_log:StepLog.step_done", 3),
-        ("utils.training.checkpoints:fsync_path", 2),
-        ("utils.training.step_log:StepLog.step_done", 2),
-        ("utils.crystal.vae.training:measure_latents", 1),
+        SignalAt(StepLog.step_done, 3),
+        SignalAt(fsync_path, 2, within=checkpoints),
+        SignalAt(StepLog.step_done, 2),
+        SignalAt(measure_latents, 1),
     ]
-    for function, count in kills:
-        running = start(VAE, *flags, fault=SignalAt(function, count))
+    for fault in kills:
+        running = start(VAE, *flags, fault=fault)
         assert running.wait_for_kill(), running.wait().stderr
         assert not (tmp_path / "run" / "vae").exists()
     assert "going on from" in run(VAE, *flags).stderr

@@ -35,6 +35,7 @@ from utils.expression.data.h5ad import write_h5ad
 from utils.expression.pipeline import load_expression_run
 from utils.latents.spec import LatentSpec
 from utils.models.vector_mlp import VectorMLP
+from utils.training.setup import announce
 
 anndata = pytest.importorskip("anndata")
 sc = pytest.importorskip("scanpy")
@@ -191,9 +192,7 @@ def test_a_finished_joint_run_goes_on(joint, joint_flags, tmp_path):
     shutil.copytree(joint[0], tmp_path / "run")
     flags = [*joint_flags, "--output_dir", tmp_path / "run", *LATEST]
     before = contents(tmp_path / "run" / "vae")
-    assert start(
-        LDM, *flags, "--max_train_steps", 12, fault=SignalAt("utils.training.setup:announce", 1)
-    ).wait_for_kill()
+    assert start(LDM, *flags, "--max_train_steps", 12, fault=SignalAt(announce, 1)).wait_for_kill()
     assert contents(tmp_path / "run" / "vae") == before
     run(LDM, *flags, "--max_train_steps", 12)
     assert contents(tmp_path / "run" / "vae") != before

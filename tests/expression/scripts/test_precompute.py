@@ -7,8 +7,10 @@ import torch
 from tests.support.expression_runs import CACHE, NUM_TRAIN, NUM_VAL, cache_flags, split_of
 from tests.support.processes import SignalAt, contents, refused, run, snapshot, start
 from utils.draws import SampleDraws
+from utils.expression import precompute
 from utils.expression.cache import VectorCache
-from utils.expression.codec import load_expression_vae
+from utils.expression.codec import encode_cells, load_expression_vae
+from utils.files import replace_durably
 
 anndata = pytest.importorskip("anndata")
 sc = pytest.importorskip("scanpy")
@@ -56,8 +58,8 @@ def test_normalisations_of_the_cache(caches, vae_run):
 
 def test_a_cache_killed_and_started_again(data, vae_run, caches, tmp_path):
     flags = [*cache_flags(data.few, vae_run), "--latents_dir", tmp_path / "cache"]
-    assert start(CACHE, *flags, fault=SignalAt("utils.files:replace_durably", 1)).wait_for_kill()  # with no plan.json
-    assert start(CACHE, *flags, fault=SignalAt("utils.expression.precompute:encode_cells", 4)).wait_for_kill()
+    assert start(CACHE, *flags, fault=SignalAt(replace_durably, 1)).wait_for_kill()  # with no plan.json
+    assert start(CACHE, *flags, fault=SignalAt(encode_cells, 4, within=precompute)).wait_for_kill()
     assert not (tmp_path / "cache" / "latent_spec.json").exists()
     assert "dataset = " in refused(run(CACHE, *flags, "--split", "val", check=False))
     run(CACHE, *flags)

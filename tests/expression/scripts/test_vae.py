@@ -39,7 +39,14 @@ from utils.expression.cache import VectorCache
 from utils.expression.codec import load_expression_vae
 from utils.expression.data.genes import choose_genes
 from utils.expression.data.source import open_cells
+from utils.expression.data.store import GrowingFile
+from utils.expression.vae import training as vae_training
+from utils.expression.vae.training import measure_latents
+from utils.files import fsync_path, write_json
 from utils.latents.posterior import kl_weight_at
+from utils.training import checkpoints
+from utils.training.setup import save_args
+from utils.training.step_log import StepLog
 
 anndata = pytest.importorskip("anndata")
 sc = pytest.importorskip("scanpy")
@@ -97,13 +104,13 @@ def test_killed_and_resumed_autoencoder_is_bit_identical(data, vae_run, tmp_path
     that is left is to export. It has dropout."""
     flags = ["--dataset_name", data.few, *TRAIN_VAE, "--output_dir", tmp_path / "run", *LATEST]
     kills = [
-        ("utils.training.step_log:StepLog.step_done", 3),
-        ("utils.expression.vae.training:write_json", 1),
-        ("utils.training.checkpoints:fsync_path", 2),
-        ("utils.expression.vae.training:measure_latents", 1),
+        SignalAt(StepLog.step_done, 3),
+        SignalAt(write_json, 1, within=vae_training),
+        SignalAt(fsync_path, 2, within=checkpoints),
+        SignalAt(measure_latents, 1),
     ]
-    for function, count in kills:
-        running = start(VAE, *flags, fault=SignalAt(function, count))
+    for fault in kills:
+        running = start(VAE, *flags, fault=fault)
         assert running.wait_for_kill(), running.wait().stderr
         assert not (tmp_path / "run" / "vae").exists()
     assert "going on from" in run(VAE, *flags).stderr
@@ -148,9 +155,9 @@ def test_genes_are_chosen_on_the_training_cells_and_files_hold_the_counts(data, 
     flags += ["--likelihood", "gaussian"]
     flags += ["--low_memory", "--mixed_precision", "bf16", "--gradient_accumulation_steps", 2, "--max_train_steps", 4]
     flags += ["--output_dir", tmp_path / "run", *LATEST]
-    assert start(VAE, *flags, fault=SignalAt("utils.expression.data.store:GrowingFile.finish", 2)).wait_for_kill()
+    assert start(VAE, *flags, fault=SignalAt(GrowingFile.finish, 2)).wait_for_kill()
     assert list((tmp_path / "run" / "counts" / "train").glob(".tmp-*"))
-    assert start(VAE, *flags, fault=SignalAt("utils.training.setup:save_args", 1)).wait_for_kill()
+    assert start(VAE, *flags, fault=SignalAt(save_args, 1)).wait_for_kill()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["counts"]
     assert not list((tmp_path / "run").rglob(".tmp-*"))
     assert "counts are taken from" in run(VAE, *flags).stderr
