@@ -12,12 +12,11 @@ from PIL import Image
 from tests.support.data import COLOURS
 from tests.support.models import TRAIN_FLAGS, cache_flags
 from tests.support.processes import refused, run, scalars
-from utils.diffusion.conditions import encode_text
 from utils.draws import SampleDraws, uniform_draws
 from utils.errors import UserError
 from utils.image import codec as codecs
 from utils.image.cache import ImageCache
-from utils.latents.cache import LatentStream
+from utils.latents.cache import LatentCache, LatentStream
 from utils.latents.spec import LatentSpec
 
 NUM_ROWS, EPOCHS = 48, 16
@@ -149,6 +148,15 @@ def test_gather_gives_the_rows_asked_for(opened, table, caption_table):
     assert opened.gather(rows[:0])["latents"].shape == (0, 2, 4, 4, 4)
 
 
+def test_latents_alone_are_read_of_any_modality(cache, opened):
+    """What a modality stores beside them is read by its own class; without it, nothing else is drawn."""
+    asked, rows = [], np.array([5, 0])
+    batch = LatentCache(cache).gather(rows, lambda name: np.zeros(asked.append(name) or 2))
+    assert asked == ["flip"]
+    assert list(batch) == ["latents"]
+    assert torch.equal(batch["latents"], opened.gather(rows, lambda name: np.zeros(2))["latents"])
+
+
 def test_every_epoch_has_every_row_once_and_its_own_order(epochs):
     _, rows, _ = epochs
     orders = rows.reshape(EPOCHS, NUM_ROWS)
@@ -271,15 +279,6 @@ def test_encoder_in_the_loop_gives_the_losses_of_cached_states(
         losses.append(scalars(folder, "train/loss"))
     assert sorted(losses[0]) == list(range(1, 9))
     np.testing.assert_allclose(list(losses[0].values()), list(losses[1].values()), rtol=2e-4)
-
-
-def test_null_caption_is_the_encoded_empty_string(opened, tiny_text_encoder):
-    from utils.image.text import load_text_encoder
-
-    expected = encode_text(*load_text_encoder(str(tiny_text_encoder)), [""])
-    states, num_tokens = opened.null_caption()
-    torch.testing.assert_close(states.float(), expected["encoder_hidden_states"][0], atol=1e-3, rtol=2e-3)
-    assert num_tokens == expected["num_tokens"][0] == 2
 
 
 def flip_a_byte(path):

@@ -107,7 +107,7 @@ def test_the_first_loss(unconditional, caches):
     latents; padding has no part in it."""
     cache, positions = SetCache(caches["train"]), np.arange(8)
     rows = StreamOrder(0, NUM_TRAIN).rows(positions)
-    batch = cache.gather(rows, 1 - 2.0**-53 - uniform_draws(0, "flip", positions))
+    batch = cache.gather(rows, lambda name: uniform_draws(0, name, positions))
     draws = SampleDraws(0, torch.from_numpy(positions))
     latents = cache.normalise(batch, draws)
     target = draws.normal("noise", latents.shape) - latents

@@ -28,13 +28,18 @@ from utils.latents.writer import found_or_made
 # ---- the cache -------------------------------------------------------------------------------------------------------
 
 
+def translated(cache, rows, share):
+    """The latents of the one among the stored translations of each row in whose part of [0, 1) `share` lies."""
+    return cache.gather(rows, {"flip": np.full(len(rows), 1 - share)}.__getitem__)["latents"]
+
+
 def check_cache(folder, vae, table, seed, num_translations):
     """Each row of a cache against the autoencoder, one crystal at a time and without padding."""
     cache = SetCache(folder)
     assert len(cache) == len(table)
     rows = np.arange(len(table))
     for number in range(num_translations):
-        moments = cache.gather(rows, np.full(len(rows), (number + 0.5) / num_translations))["latents"]
+        moments = translated(cache, rows, (number + 0.5) / num_translations)
         draws = SampleDraws(seed, torch.from_numpy(rows * num_translations + number))
         shift = torch.stack([draws.uniform(f"translation_{axis}") for axis in "abc"], dim=1)
         if num_translations == 1:
@@ -52,16 +57,14 @@ def test_the_cache_holds_what_the_autoencoder_gives(caches, dataset, vae_run):
     vae, table = load_crystal_vae(str(vae_run)), load_crystals(str(dataset), "train", MAX_ATOMS)
     cache = check_cache(caches["train"], vae, table, 0, 3)
     assert cache.spec.num_items == {"2": 15, "5": 14, "8": 15}
-    variants = [cache.gather(np.arange(5), np.full(5, x))["latents"] for x in (0.1, 0.5, 0.9)]
+    variants = [translated(cache, np.arange(5), x) for x in (0.1, 0.5, 0.9)]
     assert not torch.allclose(variants[0], variants[1], atol=1e-4)
     assert not torch.allclose(variants[1], variants[2], atol=1e-4)
     assert cache.normalisation.mean == tuple(torch.tensor(vae.config.latents_mean).tolist())
     batch = cache.gather(np.arange(len(cache)))
     assert batch["attention_mask"].sum(dim=1).tolist() == table.num_atoms.tolist()
     measured = SetCache(caches["train"], "measured").normalisation
-    moments = torch.cat(
-        [cache.gather(np.arange(len(cache)), np.full(len(cache), x))["latents"] for x in (0.1, 0.5, 0.9)]
-    )
+    moments = torch.cat([translated(cache, np.arange(len(cache)), x) for x in (0.1, 0.5, 0.9)])
     atoms = moments.transpose(1, 2)[batch["attention_mask"].repeat(3, 1)].double()  # (atoms, 2, D)
     np.testing.assert_allclose(measured.mean, atoms[:, 0].mean(dim=0), atol=1e-5)
     expected = (atoms[:, 0].var(dim=0, correction=0) + atoms[:, 1].square().mean(dim=0)).sqrt()

@@ -32,6 +32,7 @@ from utils.errors import UserError
 from utils.expression.cache import JointCache, VectorCache, encode_jointly
 from utils.expression.codec import load_expression_vae
 from utils.expression.data.h5ad import write_h5ad
+from utils.expression.data.source import open_cells
 from utils.expression.pipeline import load_expression_run
 from utils.latents.spec import LatentSpec
 from utils.models.vector_mlp import VectorMLP
@@ -115,8 +116,8 @@ def test_the_autoencoder_has_a_learning_rate_of_its_own(joint_flags, vae_run, tm
 @pytest.mark.parametrize("live", [False, True])
 def test_what_the_loss_of_the_denoiser_moves(data, caches, vae_run, live):
     """Detached: the denoiser alone; live: the encoder too; never the decoder, which the likelihood moves."""
-    cache, vae = JointCache(caches["train"]), load_expression_vae(str(vae_run)).requires_grad_(True)
-    cache.attach(str(data.few), None, vae)
+    vae = load_expression_vae(str(vae_run)).requires_grad_(True)
+    cache = JointCache(caches["train"], source=open_cells(str(data.few), None), vae=vae)
     torch.manual_seed(0)
     denoiser = ConditionalDenoiser(VectorMLP(CHANNELS + 1, **MLP_CONFIG), torch.nn.Identity())
     denoiser.conditions.forward = lambda values, drop: SimpleNamespace(
@@ -148,26 +149,27 @@ def test_what_the_loss_of_the_denoiser_moves(data, caches, vae_run, live):
         assert moved(vae.decoder)
 
 
-def test_cells_are_found_by_name(data, caches, vae_run, tmp_path):
+def test_cells_are_found_by_name(data, caches, tmp_path):
     """In whatever order a file has them; and another file, or other counts, are refused."""
-    vae, rows = load_expression_vae(str(vae_run)), np.arange(NUM_TRAIN)
-    expected = JointCache(caches["train"])
-    expected.attach(str(data.few), None, vae)
+
+    def opened(path, layer=None):
+        return JointCache(caches["train"], source=open_cells(str(path), layer))
+
+    rows, expected = np.arange(NUM_TRAIN), opened(data.few)
     ids = expected.cell_ids
     np.testing.assert_array_equal(expected.gather(rows)["counts"], data.adata[ids].X.toarray())
     write_h5ad(data.adata[np.random.default_rng(0).permutation(CELLS)].copy(), tmp_path / "moved.h5ad")
-    moved = JointCache(caches["train"])
-    moved.attach(str(tmp_path / "moved.h5ad"), None, vae)
+    moved = opened(tmp_path / "moved.h5ad")
     for name, values in expected.gather(rows).items():
         assert torch.equal(moved.gather(rows)[name], values), name
     write_h5ad(data.adata[200:].copy(), tmp_path / "part.h5ad")
     with pytest.raises(UserError, match=r"--dataset_name: \d+ of 490 cells of the latent cache are not in"):
-        JointCache(caches["train"]).attach(str(tmp_path / "part.h5ad"), None, vae)
+        opened(tmp_path / "part.h5ad")
     other = data.adata.copy()
     other.layers["twice"] = other.X * 2
     write_h5ad(other, tmp_path / "other.h5ad")
     with pytest.raises(UserError, match=r"490 cells of .* have other counts than in the latent cache, .*--counts_"):
-        JointCache(caches["train"]).attach(str(tmp_path / "other.h5ad"), "twice", vae)
+        opened(tmp_path / "other.h5ad", "twice")
 
 
 def test_a_cache_is_stale_after_a_joint_run(joint, ldm_flags, data, tmp_path):
