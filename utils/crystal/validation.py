@@ -2,11 +2,9 @@
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
 from torch import Tensor
 
 from utils.crystal.cache import SetCache
@@ -19,6 +17,7 @@ from utils.diffusion.sampling import fault_of_steps, image_generators
 from utils.errors import UserError
 from utils.training.held_out import in_fixed_order
 from utils.training.lora import merge_lora
+from utils.training.run import Run
 from utils.training.step_log import show_picture
 
 
@@ -30,10 +29,10 @@ class CrystalSamples:
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        run: Run,
         pipeline: CrystalPipeline,
         cache: SetCache,
-        folder: Path,
+        *,
         num_crystals: int,
         guidance_scale: float,
         num_inference_steps: int,
@@ -41,7 +40,7 @@ class CrystalSamples:
         fault = fault_of_steps(pipeline.scheduler, num_inference_steps)
         if fault:
             raise UserError(f"--validation_inference_steps {num_inference_steps}: {fault}; use 20, 25 or 50")
-        self.accelerator, self.pipeline, self.folder = accelerator, pipeline, folder
+        self.accelerator, self.pipeline, self.folder = run.accelerator, pipeline, run.folder / "samples"
         self.settings: dict[str, Any] = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
         rows = in_fixed_order(len(cache))[:num_crystals]
         batch = cache.gather(rows)

@@ -2,12 +2,10 @@
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
@@ -20,6 +18,7 @@ from utils.expression.pictures import principal_plane, scatter_grid
 from utils.expression.pipeline import ExpressionPipeline
 from utils.training.held_out import in_fixed_order
 from utils.training.lora import merge_lora
+from utils.training.run import Run
 from utils.training.step_log import show_picture
 
 logger = logging.getLogger(__name__)
@@ -41,10 +40,10 @@ class CellSamples:
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        run: Run,
         pipeline: ExpressionPipeline,
         cache: VectorCache,
-        folder: Path,
+        *,
         num_cells: int,
         guidance_scale: float,
         num_inference_steps: int,
@@ -52,7 +51,8 @@ class CellSamples:
         fault = fault_of_steps(pipeline.scheduler, num_inference_steps)
         if fault:
             raise UserError(f"--validation_inference_steps {num_inference_steps}: {fault}; use 20, 25 or 50")
-        self.accelerator, self.pipeline, self.folder, self.cache = accelerator, pipeline, folder, cache
+        self.accelerator, self.pipeline, self.cache = run.accelerator, pipeline, cache
+        self.folder = run.folder / "samples"
         self.settings: dict[str, Any] = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
         order = in_fixed_order(len(cache))
         self.rows, others = order[:num_cells], order[num_cells : 2 * num_cells]

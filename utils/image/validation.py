@@ -1,8 +1,7 @@
-"""Samples on the way: grids to look at, and how far samples are from held-out images."""
+"""Samples while training: grids to look at, and their distance from held-out images."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from utils.image.pictures import labelled_grid
 from utils.image.pipeline import FrozenParts, make_pipeline
 from utils.image.sampler import merge
 from utils.training.held_out import HeldOut, share_of
+from utils.training.run import Run
 from utils.training.step_log import show_picture
 
 
@@ -55,18 +55,12 @@ class Grids:
     """
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        frozen: FrozenParts,
-        folder: Path,
-        num_images: int,
-        guidance_scale: float,
-        num_inference_steps: int,
+        self, run: Run, frozen: FrozenParts, *, num_images: int, guidance_scale: float, num_inference_steps: int
     ):
         fault = fault_of_steps(sampling_scheduler(frozen.scheduler), num_inference_steps)
         if fault:
             raise UserError(f"--validation_inference_steps {num_inference_steps}: {fault}; use 20, 25 or 50")
-        self.accelerator, self.frozen, self.folder = accelerator, frozen, folder
+        self.accelerator, self.frozen, self.folder = run.accelerator, frozen, run.folder / "samples"
         self.settings: dict[str, Any] = {
             "guidance_scale": guidance_scale,
             "num_inference_steps": num_inference_steps,
@@ -137,10 +131,11 @@ class SampleDistance:
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        run: Run,
         frozen: FrozenParts,
         held_out: HeldOut,
         features: Features,
+        *,
         metric: str,
         num_images: int | None,
         condition: str,
@@ -160,7 +155,7 @@ class SampleDistance:
                 f"covariance needs at least {features.dim + 1} images; hold out and sample more, or use --eval_metric "
                 "kid, which is unbiased however few there are"
             )
-        self.accelerator, self.frozen, self.held_out, self.features = accelerator, frozen, held_out, features
+        self.accelerator, self.frozen, self.held_out, self.features = run.accelerator, frozen, held_out, features
         self.metric, self.batch_size = metric, batch_size
         self.requests = held_out_requests(held_out, condition, count)
         self.settings: dict[str, Any] = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
