@@ -36,6 +36,12 @@ class ConditionalDenoiser(nn.Module):
         self.model = model
         self.conditions = conditions
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The layers that FSDP divides one by one, by the names of their classes: those of the network that it has."""
+        present = {type(module).__name__ for module in self.model.modules()}
+        return [name for name in self.model._no_split_modules or () if name in present]
+
     def draw_drop(self, draws: SampleDraws, prob: float) -> Tensor:
         """Which samples are trained without their condition in this step, True = hidden: (B,). Of K conditions (B, K):
         all at once with probability `prob`, and each by itself with the same, so that any part of them can be asked

@@ -1,5 +1,6 @@
 """Arguments about cells: which ones, which genes, their autoencoder. Imports no torch."""
 
+import os
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 
 from utils.args.parsing import fraction, non_negative_float, non_negative_int, positive_float, positive_int
@@ -168,6 +169,11 @@ def check_joint_args(args: Namespace) -> None:
             raise UserError(f"--{name} with --joint_vae: it is of the denoiser alone; leave one out")
     if args.optimizer == "muon":
         raise UserError("--optimizer muon with --joint_vae: it has one learning rate for all; use adamw")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        raise UserError(
+            "--joint_vae under FSDP: the whole copies that are exported there have no autoencoder; use "
+            "configs/accelerate/multi_gpu.yaml"
+        )
 
 
 def add_expression_samples_args(parser: ArgumentParser) -> None:
