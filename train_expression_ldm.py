@@ -85,15 +85,8 @@ def main(args: argparse.Namespace) -> None:
     denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
     model = accelerator.unwrap_model(denoiser)
     ema = setup.make_ema(args, model, args.ema_sigma_rels)  # None without --use_ema
-    identity = setup.identity_of(
-        args,
-        run,
-        model,
-        cache.identity(),
-        **identity_of(model.model),
-        conditions=sorted(args.condition or []),
-        joint_vae=args.joint_vae,
-    )
+    identity = setup.identity_of(args, run, model, cache.identity(), **identity_of(model.model))
+    identity |= {"conditions": sorted(args.condition or []), "joint_vae": args.joint_vae}
     saver = Checkpoints(run, denoiser, optimizer, ema, identity=identity, keep=args.checkpoints_total_limit)
     first_step = saver.resume(args.resume_from_checkpoint)
     evaluator = setup.make_evaluator(
