@@ -103,9 +103,9 @@ def check_cell_data_args(args: Namespace) -> None:
     """Refuses a run without cells, and splits that contradict each other."""
     if args.dataset_name is None:
         raise UserError("--dataset_name is required: an .h5ad file with raw counts")
-    if getattr(args, "num_genes", MIN_GENES) < MIN_GENES:
+    if args.num_genes < MIN_GENES:
         raise UserError(f"--num_genes {args.num_genes}: a cell of one gene has nothing to share out; give more")
-    if getattr(args, "split_column", None):
+    if args.split_column:
         for name in ("validation_fraction", "test_fraction", "split_seed", "label_column"):
             if name in args.typed:
                 raise UserError(f"--{name} with --split_column: the column says which cells are kept out; use one")

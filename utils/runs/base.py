@@ -26,7 +26,7 @@ BASE_FLAG = "--pretrained_model_name_or_path"
 
 def load_base(args: Namespace) -> ConditionalDenoiser | None:
     """The trained denoiser to start from, or None."""
-    path = getattr(args, "pretrained_model_name_or_path", None)
+    path = args.pretrained_model_name_or_path
     return load_denoiser(*find_run(Path(path), BASE_FLAG), BASE_FLAG) if path else None
 
 
