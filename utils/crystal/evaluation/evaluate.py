@@ -108,7 +108,7 @@ def sample_point(
     return Column(name or SAMPLES, SAMPLES, crystals, order.requests, order.counterparts), null, settings
 
 
-def evaluate_crystals(args: Namespace) -> None:
+def evaluate(args: Namespace) -> None:
     """`evaluate.py --modality crystal`."""
     # Load
     calculator = load_calculator(args.calculator) if args.calculator else None

@@ -146,7 +146,7 @@ def pictures_of(
     return found
 
 
-def evaluate_expression(args: Namespace) -> None:
+def evaluate(args: Namespace) -> None:
     """`evaluate.py --modality expression`."""
     # Load
     if args.umap:
