@@ -6,6 +6,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from utils.args.parsing import saved_arguments
 from utils.args.sampling import sweep_points
 from utils.crystal.evaluation.args import DEFAULT_CRYSTALS_OF_A_RUN, parse_targets
 from utils.crystal.evaluation.figures import OF_REQUESTS, groups_of, titles_of
@@ -29,8 +30,8 @@ from utils.crystal.pictures import crystal_grid
 from utils.crystal.pipeline import CrystalPipeline, load_crystal_guide
 from utils.crystal.sampler import guidance_settings, sample_crystals
 from utils.diffusion.sampling import sampling_scheduler, usable_device
-from utils.evaluation import report
 from utils.evaluation.figures import rows_at_most
+from utils.evaluation.report import Point, Report, described
 from utils.runs.load import next_folder
 
 SHOWN = 32  # crystals in a picture
@@ -148,8 +149,8 @@ def evaluate(args: Namespace) -> None:
     points = []
     for column in [*columns, held_out, *nulls]:
         pictures = [("structures", crystal_grid(column.crystals[:SHOWN]))]
-        points.append(report.Point(column.name, groups_of(column, judge), pictures))
-    points += [report.Point(column.name, groups_of(column, judge, OF_REQUESTS)) for column in permuted]
+        points.append(Point(column.name, groups_of(column, judge), pictures))
+    points += [Point(column.name, groups_of(column, judge, OF_REQUESTS)) for column in permuted]
 
     # Report
     of_split = f", split {args.reference_split}" if "split" in real.held_out.columns else ""
@@ -160,15 +161,22 @@ def evaluate(args: Namespace) -> None:
     if real.training is not None:
         facts["training data"] = f"{args.training_data} ({len(real.training)} crystals)"
     if settings:
-        facts["sampling"] = ", ".join(f"{key} {value}" for key, value in settings.items() if key not in swept)
+        facts["sampling"] = described(settings, without=swept)
     for flag, table in (("--reference", real.held_out), ("--training_data", real.training)):
         if table is not None and table.skipped:
             notes.append(f"{flag}: {len(table.skipped)} crystals are left out ({table.skipped[0]['reason']}, ...)")
     if asked and not permuted:
         notes.append("all samples were asked for the same: there is no null of shuffled conditions")
-    titles = titles_of(requests)
-    arguments = {name: value for name, value in sorted(vars(args).items()) if name not in ("given", "typed", "config")}
-    sweep = args.sweep[0] if args.sweep else None
-    report.write(output_dir, facts, notes, points, titles, sweep, arguments, heading="{}", remark=REMARK)
-    print(report.side_by_side(points, titles))
-    print("\n".join(["", *notes, f"metrics.json and report.html in {output_dir}"]))
+    report = Report(
+        facts=facts,
+        points=points,
+        titles=titles_of(requests),
+        notes=notes,
+        sweep=args.sweep[0] if args.sweep else None,
+        arguments=saved_arguments(args),
+        heading="{}",
+        remark=REMARK,
+    )
+    report.write(output_dir)
+    print(report.text())
+    print(f"metrics.json and report.html in {output_dir}")

@@ -10,12 +10,13 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from utils.args.parsing import saved_arguments
 from utils.args.sampling import sweep_points
 from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.diffusion.sampling import sampling_scheduler, usable_device
 from utils.errors import UserError
-from utils.evaluation import report
 from utils.evaluation.figures import Group, over_seeds
+from utils.evaluation.report import Point, Report, described
 from utils.expression import sampler as expression_requests
 from utils.expression.evaluation.figures import groups_by_type, groups_of, titles_of
 from utils.expression.evaluation.judge import Judge
@@ -222,27 +223,31 @@ def evaluate(args: Namespace) -> None:
     progress.close()
 
     # Report
-    points, overall = [], []
+    points = []
     gaussian = beside[GAUSSIAN].first if GAUSSIAN in beside else None
     for name, found in (samples | beside).items():
         pictures = pictures_of(found.first, judge, gaussian, genes, args.umap) if name in samples else []
-        groups = over_seeds(found.groups)
-        overall.append(report.Point(name, groups))
-        points.append(report.Point(name, groups + over_seeds(found.by_type), pictures))
+        points.append(Point(name, over_seeds(found.groups), pictures, details=over_seeds(found.by_type)))
     times = f", {args.seeds} times" if args.seeds > 1 else ""
     facts = {"samples": f"{args.samples or args.model} ({count} cells of {len(genes)} genes{times})"}
     facts |= facts_of(args, real, split_of is not None)
     facts |= laws_of_nulls(known, posterior is not None) if beside else {}
     if settings:
-        facts["sampling"] = ", ".join(f"{key} {value}" for key, value in settings.items() if key not in swept)
-    notes = [*real.notes, *notes_of(judge, [column.first for column in samples.values()])]
-    titles = titles_of(judge)
-    arguments = {name: value for name, value in sorted(vars(args).items()) if name not in ("given", "typed", "config")}
-    sweep = args.sweep[0] if args.sweep else None
-    brackets = OF_THE_DRAW if args.seeds == 1 else OF_SEEDS.format(args.seeds)
-    report.write(output_dir, facts, notes, points, titles, sweep, arguments, "{}", REMARK, brackets)
-    print(report.side_by_side(overall, titles))
-    print("\n".join([brackets, *notes, f"metrics.json and report.html, with figures of each type, in {output_dir}"]))
+        facts["sampling"] = described(settings, without=swept)
+    report = Report(
+        facts=facts,
+        points=points,
+        titles=titles_of(judge),
+        notes=[*real.notes, *notes_of(judge, [column.first for column in samples.values()])],
+        sweep=args.sweep[0] if args.sweep else None,
+        arguments=saved_arguments(args),
+        heading="{}",
+        remark=REMARK,
+        brackets=OF_THE_DRAW if args.seeds == 1 else OF_SEEDS.format(args.seeds),
+    )
+    report.write(output_dir)
+    print(report.text())
+    print(f"metrics.json and report.html, with figures of each type, in {output_dir}")
 
 
 def facts_of(args: Namespace, real: Real, with_splits: bool) -> dict[str, str]:

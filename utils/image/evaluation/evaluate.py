@@ -7,9 +7,10 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
+from utils.args.parsing import saved_arguments
 from utils.args.sampling import sweep_points
 from utils.diffusion import sampling
-from utils.evaluation import report
+from utils.evaluation.report import Point, Report, described
 from utils.image import pictures
 from utils.image import sampler as requests
 from utils.image.codec import measure_shape
@@ -159,12 +160,15 @@ def evaluate(args: Namespace) -> None:
             samples = given
         resolution = args.resolution or samples.side()
         real.measure(resolution)
-        found = measure(samples, [*metrics_of], resolution, args.feature_batch_size, same_size=args.resolution is None)
+        extractors, same_size = [*metrics_of], args.resolution is None
+        measured = measure(samples, extractors, resolution, args.feature_batch_size, same_size=same_size)
         notes += conversions(f"{name} samples".strip(), len(samples), samples.seen)
-        evidences = [gather(samples, each, extractor, real) for each, extractor in zip(found, metrics_of, strict=True)]
+        evidences = [
+            gather(samples, each, extractor, real) for each, extractor in zip(measured, extractors, strict=True)
+        ]
         refuse_impossible(args.metrics if "metrics" in args.given else [], evidences)
         groups = [figures_of(evidence, metrics_of[evidence.extractor]) for evidence in evidences]
-        points.append(report.Point(name, groups, pictures_of(samples, evidences, real, resolution)))
+        points.append(Point(name, groups, pictures_of(samples, evidences, real, resolution)))
 
     # Report
     facts = {
@@ -172,12 +176,17 @@ def evaluate(args: Namespace) -> None:
         **{name: f"{images.title} ({len(images)} images)" for name, images in real.sources.items()},
     }
     if settings:
-        facts["sampling"] = ", ".join(f"{key} {value}" for key, value in settings.items() if key not in swept)
+        facts["sampling"] = described(settings, without=swept)
     if real.statistics_file:
         facts["reference"] = f"statistics in {real.statistics_file}"
-    notes = list(dict.fromkeys(real.notes() + notes))
-    arguments = {name: value for name, value in sorted(vars(args).items()) if name not in ("given", "typed", "config")}
-    sweep = args.sweep[0] if args.sweep else None
-    report.write(output_dir, facts, notes, points, TITLES, sweep, arguments)
-    print(report.terminal_tables(points, TITLES))
-    print("\n".join(["", *notes, f"metrics.json and report.html in {output_dir}"]))
+    report = Report(
+        facts=facts,
+        points=points,
+        titles=TITLES,
+        notes=list(dict.fromkeys(real.notes() + notes)),
+        sweep=args.sweep[0] if args.sweep else None,
+        arguments=saved_arguments(args),
+    )
+    report.write(output_dir)
+    print(report.text())
+    print(f"metrics.json and report.html in {output_dir}")
