@@ -21,10 +21,9 @@ from utils.image.evaluation.figures import (
     Evidence,
     check_counts,
     check_held_out,
-    figures_of,
     gather,
+    groups_of,
     neighbours_of,
-    refuse_impossible,
 )
 from utils.image.evaluation.images import Columns, Images, conversions, open_images
 from utils.image.evaluation.measured import RealImages, measure
@@ -166,8 +165,7 @@ def evaluate(args: Namespace) -> None:
         evidences = [
             gather(samples, each, extractor, real) for each, extractor in zip(measured, extractors, strict=True)
         ]
-        refuse_impossible(args.metrics if "metrics" in args.given else [], evidences)
-        groups = [figures_of(evidence, metrics_of[evidence.extractor]) for evidence in evidences]
+        groups = groups_of(evidences, metrics_of, required=args.metrics if "metrics" in args.given else [])
         points.append(Point(name, groups, pictures_of(samples, evidences, real, resolution)))
 
     # Report
