@@ -8,7 +8,6 @@ folder that sample.py and diffusers load.
 """
 
 import argparse
-from pathlib import Path
 
 from utils.args import groups as shared
 from utils.args.parsing import fraction, non_negative_int, parse_with_config, required, run_script
@@ -77,8 +76,8 @@ def validation_labels(args: argparse.Namespace, labels: dict | None) -> list[int
 def main(args: argparse.Namespace) -> None:
     import torch
 
-    from utils.image import pipeline, validation
     from utils.image import setup as image
+    from utils.image import validation
     from utils.latents.cache import LatentStream
     from utils.training import setup
     from utils.training.checkpoints import Checkpoints
@@ -96,17 +95,11 @@ def main(args: argparse.Namespace) -> None:
     objective, scheduler = setup.make_objective(args, run.device)
     condition = "none" if args.unconditional else "class"
     denoiser = image.make_denoiser(args, run, cache, condition)
-    frozen = pipeline.load_frozen_parts(cache.spec, cache.normalisation, scheduler)
+    exporter = image.make_exporter(args, cache, scheduler, condition)
     labels, label_names = validation_labels(args, cache.spec.labels), (cache.spec.labels or {}).get("names")
-    grids = validation.Grids(run, frozen, **image.grid_settings(args))
-    sample_distance = image.make_sample_distance(args, run, frozen, held_out, condition)
+    grids = validation.Grids(run, exporter, **image.grid_settings(args))
+    sample_distance = image.make_sample_distance(args, run, exporter, held_out, condition)
     num_rows = cache.spec.num_rows - (args.num_validation_samples or 0)  # that are trained on
-
-    def write_model(folder: Path, weights, num_steps: int) -> None:
-        settings = (args.prediction_type, num_steps, args.train_batch_size, args.use_ema)
-        card = pipeline.model_card(cache.spec, num_rows, *settings, args.pretrained_model_name_or_path)
-        pipeline.save_frozen_parts(folder, weights, frozen)
-        pipeline.export_run(folder, weights, frozen, card)
 
     # Prepare
     optimizer = setup.make_optimizer(args, denoiser)
@@ -122,14 +115,14 @@ def main(args: argparse.Namespace) -> None:
         run,
         held_out=held_out,
         objective=objective,
-        write_model=write_model,
+        write_model=exporter.write,
         first_step=first_step,
         best_metric=args.best_metric,
         sample_metric=sample_distance,
     )
     setup.save_args(args, run)  # nothing was written until all was found to fit
     if run.is_main:
-        pipeline.save_frozen_parts(run.folder, model, frozen)
+        exporter.save_frozen(run.folder, model)
     if args.torch_compile:
         denoiser = torch.compile(denoiser)
     stream = LatentStream(cache, args.seed, held_out and held_out.training_rows)
@@ -188,7 +181,7 @@ def main(args: argparse.Namespace) -> None:
     run.accelerator.wait_for_everyone()
     with averaged_weights(run, model, ema) as averaged:
         if run.is_main and not control.interrupted:
-            write_model(run.folder, averaged, control.steps_done)
+            exporter.write(run.folder, averaged, control.steps_done)
     run.accelerator.end_training()
 
 

@@ -9,7 +9,6 @@ load.
 """
 
 import argparse
-from pathlib import Path
 
 from utils.args import checks as arg_checks
 from utils.args import columns as condition_args
@@ -41,7 +40,6 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     import torch
 
-    from utils.crystal import pipeline as export
     from utils.crystal import setup as crystal
     from utils.crystal.validation import CrystalSamples
     from utils.latents.cache import LatentStream
@@ -59,15 +57,9 @@ def main(args: argparse.Namespace) -> None:
     held_out = setup.open_held_out(args, cache)  # None without --eval_steps
     objective, scheduler = setup.make_objective(args, run.device, args.learned_variance)
     denoiser = crystal.build_set_denoiser(args, cache)
-    pipeline = export.make_pipeline(denoiser, cache.spec, cache.normalisation, scheduler)
-    samples = CrystalSamples(run, pipeline, cache, **crystal.sample_settings(args))
+    exporter = crystal.make_exporter(args, cache, scheduler)
+    samples = CrystalSamples(run, exporter, cache, **crystal.sample_settings(args))
     num_rows = cache.spec.num_rows - (args.num_validation_samples or 0)  # that are trained on
-
-    def write_model(folder: Path, weights, num_steps: int) -> None:
-        card = export.model_card(
-            cache.spec, num_rows, args.condition or [], num_steps, args.use_ema, args.pretrained_model_name_or_path
-        )
-        export.export_run(folder, weights, pipeline, card)
 
     # Prepare
     optimizer = setup.make_optimizer(args, denoiser)
@@ -83,12 +75,12 @@ def main(args: argparse.Namespace) -> None:
         run,
         held_out=held_out,
         objective=objective,
-        write_model=write_model,
+        write_model=exporter.write,
         first_step=first_step,
     )
     setup.save_args(args, run)  # nothing was written until all was found to fit
     if run.is_main:
-        export.save_frozen_parts(run.folder, pipeline)
+        exporter.save_frozen(run.folder, model)
     if args.torch_compile:
         denoiser = torch.compile(denoiser)
     stream = LatentStream(cache, args.seed, held_out and held_out.training_rows)
@@ -146,7 +138,7 @@ def main(args: argparse.Namespace) -> None:
     run.accelerator.wait_for_everyone()
     with averaged_weights(run, model, ema) as averaged:
         if run.is_main and not control.interrupted:
-            write_model(run.folder, averaged, control.steps_done)
+            exporter.write(run.folder, averaged, control.steps_done)
     run.accelerator.end_training()
 
 

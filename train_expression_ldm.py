@@ -11,7 +11,6 @@ load. With --joint_vae the autoencoder is trained on with its denoiser.
 """
 
 import argparse
-from pathlib import Path
 
 from utils.args import checks as arg_checks
 from utils.args import columns as condition_args
@@ -45,10 +44,8 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     import torch
 
-    from utils.expression import pipeline as export
     from utils.expression import setup as expression
     from utils.expression.cache import encode_jointly
-    from utils.expression.vae.training import measure_latents
     from utils.expression.validation import CellSamples
     from utils.latents.cache import LatentStream
     from utils.training import setup
@@ -64,20 +61,12 @@ def main(args: argparse.Namespace) -> None:
     cache = expression.open_vector_cache(args)
     objective, scheduler = setup.make_objective(args, run.device)
     denoiser = expression.build_vector_denoiser(args, cache)
-    pipeline = export.make_pipeline(denoiser, cache, scheduler)
+    exporter = expression.make_exporter(args, cache, scheduler)
     if args.joint_vae:
-        denoiser = expression.join(args, denoiser, pipeline.vae, cache)
+        denoiser = expression.join(args, denoiser, exporter.vae, cache)
     held_out = setup.open_held_out(args, cache)  # None without --eval_steps
-    samples = CellSamples(run, pipeline, cache, **expression.sample_settings(args))
+    samples = CellSamples(run, exporter, cache, **expression.sample_settings(args))
     num_rows = cache.spec.num_rows - (args.num_validation_samples or 0)  # that are trained on
-
-    def write_model(folder: Path, weights, num_steps: int) -> None:
-        card = export.model_card(
-            cache.spec, num_rows, args.condition or [], num_steps, args.use_ema, args.pretrained_model_name_or_path
-        )
-        if args.joint_vae:
-            measure_latents(pipeline.vae, cache.cells, cache.batch_index)
-        export.export_run(folder, weights, pipeline, cache.spec, card)
 
     # Prepare
     own = {"vae.": {"lr_scale": args.vae_learning_rate / args.learning_rate}} if args.joint_vae else None
@@ -94,12 +83,12 @@ def main(args: argparse.Namespace) -> None:
         run,
         held_out=held_out,
         objective=objective,
-        write_model=write_model,
+        write_model=exporter.write,
         first_step=first_step,
     )
     setup.save_args(args, run)  # nothing was written until all was found to fit
     if run.is_main and not (args.joint_vae and first_step):  # of a joint run the autoencoder is not frozen
-        export.save_frozen_parts(run.folder, pipeline, cache.spec)
+        exporter.save_frozen(run.folder, model)
     if args.torch_compile:
         denoiser = torch.compile(denoiser)
     stream = LatentStream(cache, args.seed, held_out and held_out.training_rows)
@@ -130,7 +119,7 @@ def main(args: argparse.Namespace) -> None:
                 loss, terms = objective.loss(model_pred, target, timesteps, batch.get("attention_mask")), {}
                 if args.joint_vae:  # one backward for both: the encoder's graph is there once
                     terms = {"diffusion_loss": loss, "nll": nll.mean(), "kl": kl.mean()}
-                    loss = loss + (terms["nll"] + args.kl_weight * terms["kl"]) / len(pipeline.genes)
+                    loss = loss + (terms["nll"] + args.kl_weight * terms["kl"]) / len(exporter.vae.config.genes)
                 accelerator.backward(loss)
                 step_log.add(loss, **terms)
                 if accelerator.sync_gradients:
@@ -163,7 +152,7 @@ def main(args: argparse.Namespace) -> None:
     run.accelerator.wait_for_everyone()
     with averaged_weights(run, model, ema) as averaged:
         if run.is_main and not control.interrupted:
-            write_model(run.folder, averaged, control.steps_done)
+            exporter.write(run.folder, averaged, control.steps_done)
     run.accelerator.end_training()
 
 

@@ -8,7 +8,6 @@ folder that sample.py and diffusers load.
 """
 
 import argparse
-from pathlib import Path
 
 from utils.args import groups as shared
 from utils.args.parsing import fraction, parse_with_config, required, run_script
@@ -51,8 +50,8 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     import torch
 
-    from utils.image import pipeline, validation
     from utils.image import setup as image
+    from utils.image import validation
     from utils.latents.cache import LatentStream
     from utils.training import setup
     from utils.training.checkpoints import Checkpoints
@@ -69,17 +68,11 @@ def main(args: argparse.Namespace) -> None:
     held_out = setup.open_held_out(args, cache)  # None without --eval_steps
     objective, scheduler = setup.make_objective(args, run.device)
     denoiser = image.make_denoiser(args, run, cache, condition="text")
-    frozen = pipeline.load_frozen_parts(cache.spec, cache.normalisation, scheduler, with_text=True)
-    text_encoder = image.text_encoder_in_loop(cache, frozen, denoiser, run.device)  # None: states are cached
-    grids = validation.Grids(run, frozen, **image.grid_settings(args))
-    sample_distance = image.make_sample_distance(args, run, frozen, held_out, condition="text")
+    exporter = image.make_exporter(args, cache, scheduler, condition="text")
+    text_encoder = image.text_encoder_in_loop(cache, exporter, denoiser, run.device)  # None: states are cached
+    grids = validation.Grids(run, exporter, **image.grid_settings(args))
+    sample_distance = image.make_sample_distance(args, run, exporter, held_out, condition="text")
     num_rows = cache.spec.num_rows - (args.num_validation_samples or 0)  # that are trained on
-
-    def write_model(folder: Path, weights, num_steps: int) -> None:
-        settings = (args.prediction_type, num_steps, args.train_batch_size, args.use_ema)
-        card = pipeline.model_card(cache.spec, num_rows, *settings, args.pretrained_model_name_or_path)
-        pipeline.save_frozen_parts(folder, weights, frozen)
-        pipeline.export_run(folder, weights, frozen, card)
 
     # Prepare
     optimizer = setup.make_optimizer(args, denoiser)
@@ -96,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
         run,
         held_out=held_out,
         objective=objective,
-        write_model=write_model,
+        write_model=exporter.write,
         first_step=first_step,
         best_metric=args.best_metric,
         sample_metric=sample_distance,
@@ -104,7 +97,7 @@ def main(args: argparse.Namespace) -> None:
     )
     setup.save_args(args, run)  # nothing was written until all was found to fit
     if run.is_main:
-        pipeline.save_frozen_parts(run.folder, model, frozen)
+        exporter.save_frozen(run.folder, model)
     if args.torch_compile:
         denoiser = torch.compile(denoiser)
     stream = LatentStream(cache, args.seed, held_out and held_out.training_rows)
@@ -166,7 +159,7 @@ def main(args: argparse.Namespace) -> None:
     run.accelerator.wait_for_everyone()
     with averaged_weights(run, model, ema) as averaged:
         if run.is_main and not control.interrupted:
-            write_model(run.folder, averaged, control.steps_done)
+            exporter.write(run.folder, averaged, control.steps_done)
     run.accelerator.end_training()
 
 

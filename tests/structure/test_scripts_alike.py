@@ -23,6 +23,7 @@ KNOWN: dict[str, tuple[str, ...]] = {
         "optimizer = setup.make_optimizer(args, MODEL)",  # a jointly trained autoencoder has its own learning rate
         "loss = objective.loss(model_pred, target, timesteps, batch.get('attention_mask'))",  # and its own terms
         "step_log.add(loss)",
+        "if run.is_main:",  # the autoencoder of a resumed joint run is not the one that the run began with
     ),
     "train_image_vae": (
         "if args.torch_compile:\n    MODEL = torch.compile(MODEL)",

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate import Accelerator
+from diffusers import SchedulerMixin
 
 from utils.args.columns import parse_conditions
 from utils.diffusion.denoiser import ConditionalDenoiser, JointDenoiser, own_config
@@ -17,7 +18,7 @@ from utils.expression.data.genes import choose_genes
 from utils.expression.data.source import CellSource, open_cells
 from utils.expression.data.table import SPLITS, CellTable, check_labels, read_table, stratified_split
 from utils.expression.modality import EXPRESSION
-from utils.expression.pipeline import load_run_vae
+from utils.expression.pipeline import Exporter, load_run_vae
 from utils.expression.vae.network import ExpressionVAE
 from utils.files import remove_unfinished, sha256_json
 from utils.frozen import weights_hash
@@ -33,7 +34,8 @@ from utils.runs.base import (
     use_conditions_of,
     warn_of_missing,
 )
-from utils.runs.load import find_run, load_settings
+from utils.runs.load import RunFolder
+from utils.runs.save import ModelCard, column_settings
 
 logger = logging.getLogger(__name__)
 COUNTS_FOLDER = "counts"  # of a run, with --low_memory
@@ -140,6 +142,22 @@ def open_vector_cache(args: Namespace) -> JointCache:
     return cache
 
 
+def make_exporter(args: Namespace, cache: JointCache, scheduler: SchedulerMixin) -> Exporter:
+    """What writes the run's folder, with the autoencoder of a cache. Raises UserError if it has other weights now."""
+    spec = cache.spec
+    num_rows = spec.num_rows - (args.num_validation_samples or 0)
+    card = ModelCard(
+        title="A latent diffusion model of gene expression",
+        data=f"{num_rows} cells of {spec.fingerprint['dataset']['name']}",
+        settings=column_settings(args.condition or [], spec.vae),
+        base=args.pretrained_model_name_or_path,
+        use_ema=args.use_ema,
+        example="python sample.py --model THIS_FOLDER --num_samples 500",
+        tags=("single-cell",),
+    )
+    return Exporter.of_cache(cache, scheduler, card, joint_vae=args.joint_vae)
+
+
 def sample_settings(args: Namespace) -> dict[str, Any]:
     """How cells are sampled while training."""
     return {
@@ -194,13 +212,13 @@ def check_base(args: Namespace, base: ConditionalDenoiser, cache: VectorCache) -
         raise UserError(f"--architecture with {flag}: the run says what its model is; leave it out")
     if not EXPRESSION.is_run(run_dir):
         raise UserError(f"{flag}: {run_dir} is no run of cells; give one of train_expression_ldm.py")
-    whole, _, checkpoint = find_run(run_dir, flag)
-    if weights_hash(load_run_vae(whole, checkpoint, flag)) != cache.spec.fingerprint["vae"]["sha256"]:
+    run = RunFolder.find(run_dir, flag)
+    if weights_hash(load_run_vae(run)) != cache.spec.fingerprint["vae"]["sha256"]:
         raise UserError(
-            f"{flag}: {run_dir} knows latents of another VAE; precompute --latents_dir with {whole / 'vae'}"
-            f"{', and start from the finished run' if checkpoint else ''}"
+            f"{flag}: {run_dir} knows latents of another VAE; precompute --latents_dir with {run.path / 'vae'}"
+            f"{', and start from the finished run' if run.checkpoint else ''}"
         )
-    take_normalisation(args, cache, load_settings(whole)[1])
+    take_normalisation(args, cache, run.normalisation())
     use_conditions_of(base, cache, str(run_dir))
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from diffusers import SchedulerMixin
 
 from utils import frozen
 from utils.diffusion.conditions import encode_text
@@ -21,7 +22,7 @@ from utils.image.data.rows import resolve_columns, undecoded
 from utils.image.data.sources import dataset_identity, open_image_dataset
 from utils.image.data.stream import ImageStream
 from utils.image.evaluation.features import load_features
-from utils.image.pipeline import FrozenParts
+from utils.image.pipeline import Exporter
 from utils.image.precompute import build_latent_cache
 from utils.image.text import load_text_encoder
 from utils.image.vae.network import VAE_PRESETS
@@ -29,6 +30,7 @@ from utils.image.validation import SampleDistance
 from utils.latents.cache import LatentCache
 from utils.latents.parts import pool, readers_of, unevenness
 from utils.latents.spec import LatentSpec, check_fingerprint
+from utils.runs.save import ModelCard
 from utils.training.held_out import HeldOut, in_fixed_order
 from utils.training.optimizers import enable_xformers
 from utils.training.run import Run
@@ -136,18 +138,40 @@ def make_denoiser(args: Namespace, run: Run, cache: LatentCache, condition: str)
     return denoiser
 
 
+def make_exporter(args: Namespace, cache: LatentCache, scheduler: SchedulerMixin, condition: str) -> Exporter:
+    """What writes the run's folder, with the models that made a cache; the text encoder where the condition is text.
+    Raises UserError if they have other weights now.
+    """
+    spec = cache.spec
+    dataset = spec.fingerprint["dataset"]
+    name = dataset.get("name") or dataset.get("dataset_name") or "a local dataset"
+    num_rows = spec.num_rows - (args.num_validation_samples or 0)
+    card = ModelCard(
+        title="A latent diffusion model",
+        data=f"{name} ({num_rows} images at {spec.fingerprint['resolution']} pixels)",
+        settings=f" of {args.train_batch_size} samples per process, prediction type `{args.prediction_type}`,\n"
+        f"in the latents of `{spec.vae}`",
+        base=args.pretrained_model_name_or_path,
+        use_ema=args.use_ema,
+        example="python sample.py --model THIS_FOLDER",
+        library_name="diffusers",
+        breaks=(" ", "\n"),
+    )
+    return Exporter.of_cache(spec, cache.normalisation, scheduler, card, with_text=condition == "text")
+
+
 def text_encoder_in_loop(
-    cache: LatentCache, frozen: FrozenParts, denoiser: ConditionalDenoiser, device: torch.device
+    cache: LatentCache, exporter: Exporter, denoiser: ConditionalDenoiser, device: torch.device
 ) -> Any:
     """The text encoder, on the device, of a cache that holds token ids; the denoiser then gets its null caption. None
     where the cache holds the states.
     """
     if cache.caption_content != "input_ids":
         return None
-    frozen.text_encoder.to(device)
-    null = encode_text(frozen.tokenizer, frozen.text_encoder, [""])
+    exporter.text_encoder.to(device)
+    null = encode_text(exporter.tokenizer, exporter.text_encoder, [""])
     denoiser.conditions.set_null(null["encoder_hidden_states"][0], int(null["num_tokens"][0]))
-    return frozen.text_encoder
+    return exporter.text_encoder
 
 
 def grid_settings(args: Namespace) -> dict[str, Any]:
@@ -160,14 +184,14 @@ def grid_settings(args: Namespace) -> dict[str, Any]:
 
 
 def make_sample_distance(
-    args: Namespace, run: Run, frozen: FrozenParts, held_out: HeldOut | None, condition: str
+    args: Namespace, run: Run, exporter: Exporter, held_out: HeldOut | None, condition: str
 ) -> SampleDistance | None:
     """The distance of samples from held-out images; None without --eval_features."""
     if held_out is None or not args.eval_features:
         return None
     return SampleDistance(
         run,
-        frozen,
+        exporter,
         held_out,
         load_features(args.eval_features, run.device, "--eval_features"),
         metric=args.eval_metric,

@@ -27,7 +27,7 @@ from utils.crystal.evaluation.samples import (
 )
 from utils.crystal.files import save_crystals
 from utils.crystal.pictures import crystal_grid
-from utils.crystal.pipeline import CrystalPipeline, load_crystal_guide
+from utils.crystal.pipeline import CrystalPipeline, load_guide
 from utils.crystal.sampler import guidance_settings, sample_crystals
 from utils.diffusion.sampling import sampling_scheduler, usable_device
 from utils.evaluation.figures import rows_at_most
@@ -71,7 +71,7 @@ def sample_point(
     latents if it is wanted, and the settings.
     """
     pipeline = load_model(Path(args.model), args.ema_sigma_rel)
-    guide = load_crystal_guide(args.guide_model, pipeline) if args.guide_model else None
+    guide = load_guide(args.guide_model, pipeline) if args.guide_model else None
     pipeline.scheduler = sampling_scheduler(pipeline.scheduler, args.scheduler, args.num_inference_steps)
     device = usable_device(args.device)
     pipeline.to(device)

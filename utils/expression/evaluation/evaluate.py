@@ -40,7 +40,7 @@ from utils.expression.evaluation.samples import (
 )
 from utils.expression.files import save_cells
 from utils.expression.pictures import check_umap, marker_plot, scatter_grid, shown, umap_points
-from utils.expression.pipeline import ExpressionPipeline, load_expression_guide
+from utils.expression.pipeline import ExpressionPipeline, load_guide
 from utils.runs.load import next_folder
 
 REMARK = (
@@ -65,7 +65,7 @@ class Sampler:
 def prepare_sampling(args: Namespace, requests: Requests) -> Sampler:
     """As sample.py does. Raises UserError for guidance that contradicts itself or would do nothing."""
     _, pipeline = load_model(Path(args.model), args.ema_sigma_rel)
-    guide = load_expression_guide(args.guide_model, pipeline) if args.guide_model else None
+    guide = load_guide(args.guide_model, pipeline) if args.guide_model else None
     pipeline.scheduler = sampling_scheduler(pipeline.scheduler, args.scheduler, args.num_inference_steps)
     device = usable_device(args.device)
     pipeline.to(device)

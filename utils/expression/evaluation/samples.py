@@ -15,9 +15,9 @@ from utils.expression.data.source import open_cells, shortened
 from utils.expression.data.table import CellTable, text_labels
 from utils.expression.evaluation.real import MIN_CELLS, Cells, Real, cells_of
 from utils.expression.files import CELLS_FILE
-from utils.expression.pipeline import ExpressionPipeline, load_expression_run
+from utils.expression.pipeline import ExpressionPipeline, load_run
 from utils.latents.columns import category_name
-from utils.runs.load import find_run
+from utils.runs.load import RunFolder
 from utils.runs.requests import Columns
 
 SAMPLES, CONTROL, CEILING = "samples", "control: real cells", "ceiling: reconstructions"
@@ -115,8 +115,7 @@ def load_model(path: Path, ema_sigma_rel: float | None) -> tuple[Path, Expressio
     """The folder of the run of --model, which a checkpoint lies in, and the run. Raises UserError for a folder that is
     none.
     """
-    run_dir, _, _ = find_run(path, "--model")
-    return run_dir, load_expression_run(path, ema_sigma_rel)
+    return RunFolder.find(path).path, load_run(path, ema_sigma_rel)
 
 
 def label_column_of(columns: Columns, given: str | None) -> str | None:

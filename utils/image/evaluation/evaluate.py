@@ -27,7 +27,7 @@ from utils.image.evaluation.figures import (
 )
 from utils.image.evaluation.images import Columns, Images, conversions, open_images
 from utils.image.evaluation.measured import RealImages, measure
-from utils.image.pipeline import load_run
+from utils.image.pipeline import load_guide, load_run
 from utils.runs.load import next_folder
 
 
@@ -70,7 +70,7 @@ def open_real(args: Namespace, metrics_of: dict[Features, list[str]], num_sample
 def prepare_sampling(args: Namespace, run_dir: Path, captions: list[str]):
     """The run with its sampler, and what it is asked for: (pipeline, requests, settings, guide), as in sample.py."""
     pipeline = load_run(run_dir, args.ema_sigma_rel)
-    guide = requests.load_guide(args.guide_model, pipeline) if args.guide_model else None
+    guide = load_guide(args.guide_model, pipeline) if args.guide_model else None
     pipeline.scheduler = sampling.sampling_scheduler(pipeline.scheduler, args.scheduler, args.num_inference_steps)
     device = sampling.usable_device(args.device)
     pipeline.to(device)
