@@ -101,7 +101,7 @@ def main(args: argparse.Namespace) -> None:
     from utils.image.precompute import build_latent_cache
     from utils.training.setup import make_accelerator
 
-    accelerator = make_accelerator(args)
+    accelerator = make_accelerator(mixed_precision=args.mixed_precision, seed=args.seed)
     if args.modality == "crystal":
         from utils.crystal.precompute import build_crystal_cache
 

@@ -64,13 +64,13 @@ def sample_images(args: argparse.Namespace, run_dir: Path) -> None:
     from utils.diffusion import sampling
     from utils.image import pictures
     from utils.image import sampler as requests
-    from utils.image.pipeline import load_run
+    from utils.image.pipeline import load_guide, load_run
     from utils.runs import load
 
     # Load
     refuse_other_kinds(args, run_dir, "images")
     pipeline = load_run(run_dir, args.ema_sigma_rel, lora_dir=args.lora)
-    guide = requests.load_guide(args.guide_model, pipeline) if args.guide_model else None
+    guide = load_guide(args.guide_model, pipeline) if args.guide_model else None
     pipeline.scheduler = sampling.sampling_scheduler(pipeline.scheduler, args.scheduler, args.num_inference_steps)
     device = sampling.usable_device(args.device)
     pipeline.to(device)
@@ -120,14 +120,14 @@ def sample_crystals(args: argparse.Namespace, run_dir: Path) -> None:
     from utils.crystal import pictures
     from utils.crystal import sampler as crystal_requests
     from utils.crystal.matching import is_structurally_valid
-    from utils.crystal.pipeline import load_crystal_guide, load_crystal_run
+    from utils.crystal.pipeline import load_guide, load_run
     from utils.diffusion import sampling
     from utils.runs import load
 
     # Load
     refuse_other_kinds(args, run_dir, "crystals")
-    pipeline = load_crystal_run(run_dir, args.ema_sigma_rel, lora_dir=args.lora)
-    guide = load_crystal_guide(args.guide_model, pipeline) if args.guide_model else None
+    pipeline = load_run(run_dir, args.ema_sigma_rel, lora_dir=args.lora)
+    guide = load_guide(args.guide_model, pipeline) if args.guide_model else None
     pipeline.scheduler = sampling.sampling_scheduler(pipeline.scheduler, args.scheduler, args.num_inference_steps)
     device = sampling.usable_device(args.device)
     pipeline.to(device)
@@ -191,13 +191,13 @@ def sample_cells(args: argparse.Namespace, run_dir: Path) -> None:
     from utils.diffusion import sampling
     from utils.expression import files as expression_files
     from utils.expression import sampler as expression_requests
-    from utils.expression.pipeline import load_expression_guide, load_expression_run
+    from utils.expression.pipeline import load_guide, load_run
     from utils.runs import load
 
     # Load
     refuse_other_kinds(args, run_dir, "cells")
-    pipeline = load_expression_run(run_dir, args.ema_sigma_rel, lora_dir=args.lora)
-    guide = load_expression_guide(args.guide_model, pipeline) if args.guide_model else None
+    pipeline = load_run(run_dir, args.ema_sigma_rel, lora_dir=args.lora)
+    guide = load_guide(args.guide_model, pipeline) if args.guide_model else None
     pipeline.scheduler = sampling.sampling_scheduler(pipeline.scheduler, args.scheduler, args.num_inference_steps)
     device = sampling.usable_device(args.device)
     pipeline.to(device)

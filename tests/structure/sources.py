@@ -4,6 +4,7 @@ import ast
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
@@ -61,6 +62,12 @@ def statements_on_import(tree: ast.AST) -> Iterator[ast.AST]:
             continue
         yield node
         yield from statements_on_import(node)
+
+
+def constant(source: str, name: str) -> Any:
+    """The value of a literal that stands at the top of a file."""
+    nodes = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    return next(ast.literal_eval(node.value) for node in nodes if ast.unparse(node.targets[0]) == name)
 
 
 def all_arguments(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:

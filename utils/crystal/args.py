@@ -119,7 +119,7 @@ def check_crystal_data_args(args: Namespace) -> None:
     """Refuses a run without crystals, and two ways of keeping some out."""
     if args.dataset_name is None:
         raise UserError("--dataset_name is required: a folder of CIF files, a .parquet or .csv file, or a hub dataset")
-    if getattr(args, "validation_dataset_name", None) and "validation_split" in args.typed:
+    if args.validation_dataset_name and "validation_split" in args.typed:
         refuse_together(args, "validation_dataset_name", "validation_split", "both say what is kept out; use one")
 
 

@@ -1,5 +1,6 @@
 """Arguments about cells: which ones, which genes, their autoencoder. Imports no torch."""
 
+import os
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 
 from utils.args.parsing import fraction, non_negative_float, non_negative_int, positive_float, positive_int
@@ -102,9 +103,9 @@ def check_cell_data_args(args: Namespace) -> None:
     """Refuses a run without cells, and splits that contradict each other."""
     if args.dataset_name is None:
         raise UserError("--dataset_name is required: an .h5ad file with raw counts")
-    if getattr(args, "num_genes", MIN_GENES) < MIN_GENES:
+    if args.num_genes < MIN_GENES:
         raise UserError(f"--num_genes {args.num_genes}: a cell of one gene has nothing to share out; give more")
-    if getattr(args, "split_column", None):
+    if args.split_column:
         for name in ("validation_fraction", "test_fraction", "split_seed", "label_column"):
             if name in args.typed:
                 raise UserError(f"--{name} with --split_column: the column says which cells are kept out; use one")
@@ -168,6 +169,11 @@ def check_joint_args(args: Namespace) -> None:
             raise UserError(f"--{name} with --joint_vae: it is of the denoiser alone; leave one out")
     if args.optimizer == "muon":
         raise UserError("--optimizer muon with --joint_vae: it has one learning rate for all; use adamw")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        raise UserError(
+            "--joint_vae under FSDP: the whole copies that are exported there have no autoencoder; use "
+            "configs/accelerate/multi_gpu.yaml"
+        )
 
 
 def add_expression_samples_args(parser: ArgumentParser) -> None:

@@ -18,7 +18,7 @@ from utils.latents.spec import LatentSpec, Normalisation
 from utils.models.dit import AFTER_ROUTE, BEFORE_ROUTE, DIT_SIZES, DiT
 from utils.models.unet import UNET_PRESETS, build_unet, unet_config
 from utils.runs.base import BASE_FLAG, DATA_ARGUMENTS, fine_tuned, load_base, read_model_config, take_normalisation
-from utils.runs.load import find_run, load_settings
+from utils.runs.load import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +63,14 @@ def check_latents(base: ConditionalDenoiser, run_dir: Path, spec: LatentSpec) ->
             f"{BASE_FLAG}: {run_dir} knows latents of {base.model.config.in_channels} channels, and those of "
             f"--latents_dir have {spec.shape[0]}; precompute with the VAE of that run"
         )
-    whole, _, _ = find_run(run_dir, BASE_FLAG)
-    vaes = load_vae(spec.vae), load_vae(str(whole / "vae"))
+    run = RunFolder.find(run_dir, BASE_FLAG)
+    vaes = load_vae(spec.vae), load_vae(str(run.path / "vae"))
     # Of a VAE into which a normalisation was folded only the layers next to the latents have changed.
     ours, theirs = (weights_hash(getattr(each, "decoder", each)) for each in vaes)
     if ours != theirs:
         logger.warning("%s: %s was trained in latents of another VAE than this cache's", BASE_FLAG, run_dir)
         return None
-    return folded_normalisation(*vaes, spec.shape[0]).then(load_settings(whole)[1])
+    return folded_normalisation(*vaes, spec.shape[0]).then(run.normalisation())
 
 
 def config_from(base: ConditionalDenoiser, size: int, text_dim: int | None, row: ImageCondition) -> dict[str, Any]:

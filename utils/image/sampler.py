@@ -14,12 +14,10 @@ from PIL import Image
 
 from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.diffusion.pipelines import LatentDiffusionPipeline
-from utils.diffusion.sampling import batches, checked_guidance, image_generators, is_flow
+from utils.diffusion.sampling import batches, checked_guidance, image_generators
 from utils.errors import UserError
 from utils.files import write_text
 from utils.image.pictures import save_png
-from utils.image.pipeline import load_run
-from utils.runs.load import same_weights
 
 
 def read_prompts(path: str | None) -> list[str]:
@@ -77,55 +75,6 @@ def validation_prompts(run_dir: Path) -> list[str]:
     if not prompts:
         raise UserError(f"--prompt: the run {run_dir} is text-to-image; give --prompt or --prompts_file")
     return prompts
-
-
-def load_guide(path: str, pipeline: LatentDiffusionPipeline) -> ConditionalDenoiser:
-    """The weaker run or checkpoint that guides `pipeline` (autoguidance), on the CPU, where `pipeline` still must be.
-    Raises UserError for one that was trained on something else, and for the run itself.
-    """
-    guide = load_run(path, flag="--guide_model")
-    found = difference(pipeline, guide)
-    if found:
-        raise UserError(f"--guide_model: {path} has {found}; give a weaker run on the same latents and conditions")
-    if same_weights(pipeline.denoiser, guide.denoiser) and same_weights(pipeline.conditions, guide.conditions):
-        raise UserError(f"--guide_model: {path} has the weights of --model, and nothing leads away from itself")
-    return ConditionalDenoiser(guide.denoiser, guide.conditions).eval()
-
-
-def difference(pipeline: LatentDiffusionPipeline, guide: LatentDiffusionPipeline) -> str | None:
-    """What keeps the predictions of two runs from being compared; None if nothing does. Size and architecture may
-    differ.
-    """
-    ours, its = (
-        {
-            "another condition": type(each.conditions).__name__,
-            "another number of classes": each.conditions.config.get("num_classes"),
-            "another shape of text (tokens, width)": (
-                each.conditions.config.get("sequence_length"),
-                each.conditions.config.get("hidden_size"),
-            ),
-            "another shape of latents (channels, size)": (
-                each.denoiser.config.in_channels,
-                each.denoiser.config.sample_size,
-            ),
-            "another prediction type": "flow" if is_flow(each.scheduler) else each.scheduler.config.prediction_type,
-            "another normalisation of latents (mean, std)": (each.config.latents_mean, each.config.latents_std),
-        }
-        for each in (pipeline, guide)
-    )
-    for what, value in ours.items():
-        if its[what] != value:
-            return f"{what}: {its[what]}, not {value}"
-    label_names = [each.conditions.config.get("label_names") for each in (pipeline, guide)]
-    same = {
-        "other names of classes": label_names[0] == label_names[1],
-        # A normalisation may have been folded into the VAE: that it differs shows here only.
-        "another VAE, or another normalisation of its latents": same_weights(pipeline.vae, guide.vae),
-        "another text encoder": same_weights(pipeline.text_encoder, guide.text_encoder),
-        "another noise schedule": is_flow(pipeline.scheduler)
-        or torch.allclose(pipeline.scheduler.alphas_cumprod, guide.scheduler.alphas_cumprod),
-    }
-    return next((what for what, holds in same.items() if not holds), None)
 
 
 def guidance_settings(

@@ -129,6 +129,7 @@ def validation_losses(
     model: nn.Module | None,
     held_out: HeldOut,
     objective: Objective,
+    *,
     batch_size: int,
     text_encoder: Any = None,
 ) -> list[float]:

@@ -1,11 +1,12 @@
-"""Arguments of `evaluate.py`. Imports no torch."""
+"""Arguments of `evaluate.py --modality image`. Imports no torch."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from utils.args.parsing import positive_int, refuse_together
-from utils.args.sampling import SWEEPS, check_sweep
+from utils.args.sampling import SWEEPS, add_sampler_args, check_sweep
 from utils.errors import UserError
+from utils.image.args.requests import add_request_args, check_request_args
 
 METRIC_NAMES = ("fid", "kid", "cmmd", "inception_score", "prdc", "clip_score", "copies")
 DEFAULT_SAMPLES_OF_A_RUN = 5000
@@ -13,6 +14,14 @@ OF_SAMPLING = (
     *("prompt", "prompts_file", "negative_prompt", "class_labels", "guidance_scale", "guidance_interval"),
     *("guidance_rescale", "guide_model", "num_inference_steps", "scheduler", "ema_sigma_rel", "mixed_precision"),
 )
+
+
+def add_evaluation_args(parser: ArgumentParser) -> None:
+    """All flags of an evaluation of images."""
+    add_comparison_args(parser)
+    add_measurement_args(parser)
+    add_request_args(parser)
+    add_sampler_args(parser)
 
 
 def add_comparison_args(parser: ArgumentParser) -> None:
@@ -95,8 +104,9 @@ def add_measurement_args(parser: ArgumentParser) -> None:
     )
 
 
-def check_eval_args(args: Namespace) -> None:
+def check_evaluation_args(args: Namespace) -> None:
     """Refuses combinations that make no sense, with the reason."""
+    check_request_args(args)
     if args.samples is not None:
         for name in ("model", "sweep", *OF_SAMPLING):
             if name in args.given:
