@@ -89,7 +89,8 @@ def write_cache(
             moved = np.concatenate(parts, axis=1)  # (translations, rows, 2, N, D)
             columns |= dict(zip(spec.variants(), moved, strict=True))
             shards.write(index, columns, {})
-    finish_cache(cache_dir, shards, spec, table.skipped, Normalisation.of_vae(vae.config, channels), sums)
+    of_vae = Normalisation.of_vae(vae.config, channels)
+    finish_cache(cache_dir, shards, spec, skipped=table.skipped, of_vae=of_vae, sums=sums)
 
 
 def set_features(spec: LatentSpec) -> datasets.Features:

@@ -91,7 +91,8 @@ def write_cache(
             columns |= {"library_size": table.library_sizes[rows], "latents": np.concatenate(moments)}
             columns |= {f"column.{name}": values[rows] for name, values in table.obs.items()}
             shards.write(index, columns, {})
-    finish_cache(cache_dir, shards, spec, table.skipped, Normalisation.of_vae(vae.config, dimensions), sums)
+    of_vae = Normalisation.of_vae(vae.config, dimensions)
+    finish_cache(cache_dir, shards, spec, skipped=table.skipped, of_vae=of_vae, sums=sums)
 
 
 def vector_features(spec: LatentSpec) -> datasets.Features:

@@ -33,15 +33,16 @@ def build_denoiser(args: Namespace, cache: ImageCache, condition: str) -> Condit
         raise UserError(f"--latents_dir: latents of {height} x {width}: only square ones can be trained")
     row = IMAGE_CONDITIONS[condition]
     text_dim = row.text_dim(spec)
+    data = (height, channels, text_dim, condition)  # which decide a part of any network
     base = load_base(args)
     if base is None:
-        config = MODELS[args.model](args.model_size, height, channels, text_dim, condition)
+        config = MODELS[args.model](args.model_size, *data)
         model_class = DiT if args.model == "dit" else UNet2DConditionModel
         config |= read_model_config(args.model_config, model_class, config)
     else:
         take_normalisation(args, cache, check_latents(base, Path(args.pretrained_model_name_or_path), spec))
         config = config_from(base, height, text_dim, row)
-        check_same_model(args, config, height, channels, text_dim, condition)
+        check_same_model(args, config, *data)
     try:
         model = DiT.from_config(config) if args.model == "dit" else build_unet(config)
     except (ValueError, TypeError) as error:
@@ -89,10 +90,10 @@ def config_from(base: ConditionalDenoiser, size: int, text_dim: int | None, row:
     return config | row.added_to_unet()
 
 
-def check_same_model(args: Namespace, config: dict[str, Any], *shape: Any) -> None:
+def check_same_model(args: Namespace, config: dict[str, Any], *data: Any) -> None:
     """Raises UserError where --model_size or --model_config ask for another model than the base's `config`."""
     model_class = DiT if args.model == "dit" else UNet2DConditionModel
-    wanted = {"--model_size": MODELS[args.model](args.model_size, *shape) if args.model_size else {}}
+    wanted = {"--model_size": MODELS[args.model](args.model_size, *data) if args.model_size else {}}
     wanted["--model_config"] = read_model_config(args.model_config, model_class, config)
     given = set(wanted["--model_config"])
     for flag, values in wanted.items():
