@@ -14,40 +14,29 @@ docs/evaluation.md says what each figure means and what it hides.
 """
 
 import argparse
-from importlib import import_module
 from pathlib import Path
 
 from utils.args.parsing import parse_with_config, peek, run_script
-from utils.crystal.evaluation import args as crystal_args
-from utils.expression.evaluation import args as expression_args
-from utils.image.evaluation import args as image_args
-
-# Flags of each modality and their checks. `utils/NAME/evaluation/evaluate.py` does the rest.
-MODALITIES = {
-    "image": (image_args.add_evaluation_args, image_args.check_evaluation_args),
-    "crystal": (crystal_args.add_evaluation_args, crystal_args.check_evaluation_args),
-    "expression": (expression_args.add_evaluation_args, expression_args.check_evaluation_args),
-}
+from utils.modalities import MODALITIES, check_modality
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modality", choices=list(MODALITIES), default="image", help="What is judged.")
-    add_args, check_args = MODALITIES[peek(parser, "modality")]
-    add_args(parser)
+    add_flags, check_flags = MODALITIES[peek(parser, "modality")].evaluation_flags
+    add_flags(parser)
     args = parse_with_config(parser)
-    check_args(args)
+    check_flags(args)
     return args
 
 
 def main(args: argparse.Namespace) -> None:
-    from utils.modalities import check_modality
     from utils.runs.load import newest_run
 
     if args.samples is None:
         args.model = args.model or str(newest_run(Path("runs")))
         check_modality(Path(args.model), args.modality)
-    import_module(f"utils.{args.modality}.evaluation.evaluate").evaluate(args)
+    MODALITIES[args.modality].load("evaluation.evaluate:evaluate")(args)
 
 
 if __name__ == "__main__":

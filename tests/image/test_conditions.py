@@ -2,6 +2,7 @@
 
 import inspect
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,11 +10,13 @@ import torch
 from datasets import load_from_disk
 from diffusers import UNet2DConditionModel
 
-from utils.diffusion.conditions import CONDITIONS
+from utils.diffusion.conditions import CONDITIONS, ClassCondition, NoCondition, TextCondition
 from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.diffusion.pipelines import ASKED_BY, LatentDiffusionPipeline
-from utils.image.conditions import IMAGE_CONDITIONS
+from utils.errors import UserError
+from utils.image.conditions import IMAGE_CONDITIONS, condition_of
 from utils.image.networks import MODELS
+from utils.image.sampler import requested_images
 from utils.models.dit import DiT
 from utils.models.unet import build_unet
 
@@ -73,3 +76,45 @@ def test_an_unconditional_unet_becomes_a_conditional_one(opened, name):
     before, after = (MODELS["unet"]("tiny", size, channels, None, each) for each in ("none", name))
     changed = before | IMAGE_CONDITIONS[name].added_to_unet()
     assert UNet2DConditionModel.from_config(changed).config == UNet2DConditionModel.from_config(after).config
+
+
+ASKED = {
+    "text": ("--prompt", ["red", "blue"], [{"prompt": "red"}, {"prompt": "blue"}], ["red", "blue"]),
+    "class": ("--class_labels", [2, 0], [{"class_labels": 2}, {"class_labels": 0}], ["emu", "cat"]),
+    "none": (None, None, [{}], [""]),
+}
+FLAGS = ("--prompt", "--negative_prompt", "--class_labels")
+
+
+@pytest.mark.parametrize("name", IMAGE_CONDITIONS)
+def test_a_run_is_asked_by_its_own_flags(name, tmp_path):
+    """What they give, or the default of the run; and a request is named as a person would."""
+    encoder = {
+        "text": lambda: TextCondition(4, 3),
+        "class": lambda: ClassCondition(3, 4, ["cat", "dog", "emu"]),
+        "none": NoCondition,
+    }[name]()
+    row, (flag, value, requests, titles) = condition_of(encoder), ASKED[name]
+    assert row is IMAGE_CONDITIONS[name]
+    nothing = dict.fromkeys(FLAGS)
+    given = nothing | ({flag: value} if flag else {})
+    assert row.asked(given, encoder, tmp_path) == requests
+    assert [row.title(request, encoder) for request in requests] == titles
+    (tmp_path / "args.yaml").write_text("validation_prompts: [green]\n")
+    default = {"text": [{"prompt": "green"}], "class": [{"class_labels": label} for label in range(3)], "none": [{}]}
+    assert row.asked(nothing, encoder, tmp_path) == default[name]
+    for other in set(FLAGS) - set(row.flags):
+        asked = {
+            "--prompt": (["red"], None, None),
+            "--negative_prompt": ([], None, ""),
+            "--class_labels": ([], [1], None),
+        }
+        pipeline = SimpleNamespace(conditions=encoder)
+        with pytest.raises(UserError, match=f"{other}: the run .* takes no .*, it is {row.trained}"):
+            requested_images(pipeline, tmp_path, *asked[other])
+
+
+def test_a_negative_prompt_stands_in_every_request(tmp_path):
+    given = {"--prompt": ["red", "blue"], "--negative_prompt": "green", "--class_labels": None}
+    requests = IMAGE_CONDITIONS["text"].asked(given, TextCondition(4, 3), tmp_path)
+    assert requests == [{"prompt": "red", "negative_prompt": "green"}, {"prompt": "blue", "negative_prompt": "green"}]

@@ -218,7 +218,8 @@ def test_labels_are_as_wide_as_a_model_of_another_width(tmp_path):
     (tmp_path / "dit.yaml").write_text("hidden_size: 48\nnum_attention_heads: 4\nnum_layers: 1\n")
     spec = SimpleNamespace(shape=(4, 8, 8), captions=None, labels={"num_classes": 3, "names": None})
     args = Namespace(
-        model="dit", model_size="plain-S/2", model_config=str(tmp_path / "dit.yaml"), gradient_checkpointing=False, tread_ratio=0.0
+        model="dit", model_size="plain-S/2", model_config=str(tmp_path / "dit.yaml"), gradient_checkpointing=False, tread_ratio=0.0,
+        pretrained_model_name_or_path=None,
     )  # fmt: skip
     denoiser = build_denoiser(args, SimpleNamespace(spec=spec), "class")
     assert denoiser.conditions.embedding.weight.shape == (4, 48)

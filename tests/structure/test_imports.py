@@ -44,7 +44,7 @@ TRUNK: dict[str, set[str]] = {
 ALLOWED = TRUNK | {name: set(TRUNK) for name in MODALITIES} | {"plan": {*TRUNK, "modalities", "image"}}
 ROW = "modality"  # the one file of a branch that the table of modalities imports
 # Files that may take the parsed arguments: run set-up, and whatever else is by its name about flags.
-TAKE_ARGS = {"args", "setup", "networks", "base", "precompute", "encoding", "sampler", "evaluate"}
+TAKE_ARGS = {"args", "modalities", "setup", "networks", "base", "precompute", "encoding", "sampler", "evaluate"}
 # Files that are imported before the arguments are parsed, or in processes that are started by the dozen.
 NO_TORCH = (
     *("errors", "files", "args/*", "*/args", "*/args/*", "*/modality", "modalities", "plan/args", "plan/arithmetic"),

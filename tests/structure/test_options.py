@@ -63,7 +63,8 @@ def faults_of_help(source: str, module: str) -> list[str]:
 
 def faults_of_dead_options(scripts: dict[str, str], utils: dict[str, str]) -> list[str]:
     """An option must be read by the script that has it, or by `utils`. A script has those that it declares, and those
-    of the groups (functions of `utils` that declare some) that it calls; a group that no script calls is dead.
+    of the groups (functions of `utils` that declare some) that it calls; a group that no script calls is dead. A script
+    that reads a field of the table of modalities calls the groups that stand in it.
     """
     groups: dict[str, set[str]] = {}
     calls_of_groups: dict[str, set[str]] = {}
@@ -73,6 +74,11 @@ def faults_of_dead_options(scripts: dict[str, str], utils: dict[str, str]) -> li
                 options = {option for _, option in declared_options(node) if option}
                 groups[node.name] = groups.get(node.name, set()) | options
                 calls_of_groups[node.name] = calls_of_groups.get(node.name, set()) | names_called(node)
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "Modality":
+                for field in node.keywords:
+                    name = str(field.arg)
+                    groups.setdefault(name, set())
+                    calls_of_groups[name] = calls_of_groups.get(name, set()) | names_called(field.value)
     read_in_utils = set().union(*(names_read(ast.parse(source)) for source in utils.values()))
 
     faults, used = [], set()
@@ -132,12 +138,19 @@ PLANTED: dict[str, Callable[[], list[str]]] = {
     "dead option of a group in a group": lambda: dead(
         "add_y(parser)", f"def add_x(parser): {FLAG}", "def add_y(parser):\n    add_x(parser)"
     ),
+    "group of a row that no script reads": lambda: dead(
+        "print(args.depth)", f"def add_x(parser): {FLAG}", "Modality(name='x', flags=(add_x,))"
+    ),
     "group of no script": lambda: dead("print(args.depth)", f"def add_x(parser): {FLAG}"),
 }
 
 SOUND: dict[str, Callable[[], list[str]]] = {
     "read as an attribute": lambda: dead(FLAG + "print(args.depth)"),
     "read by a string": lambda: dead(FLAG + "print(getattr(args, 'depth'))"),
+    "group of a row": lambda: dead(
+        "row.flags(parser)", f"def add_x(parser): {FLAG}", "Modality(name='x', flags=(add_x,))",
+        "def f(args): return args.depth",
+    ),
     "read in utils": lambda: dead("add_x(parser)", f"def add_x(parser): {FLAG}", "def f(args): return args.depth"),
 }  # fmt: skip
 

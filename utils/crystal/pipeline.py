@@ -16,6 +16,7 @@ from utils.crystal.modality import CRYSTAL
 from utils.crystal.structure import Crystal
 from utils.crystal.vae.network import CrystalVAE
 from utils.diffusion.denoiser import ConditionalDenoiser
+from utils.diffusion.guidance import Guidance
 from utils.diffusion.sampling import sample_latents, sampling_scheduler
 from utils.errors import UserError
 from utils.files import read_json, write_json
@@ -95,21 +96,19 @@ class CrystalPipeline:
         self,
         num_atoms: Tensor,
         values: dict[str, Tensor],
-        num_inference_steps: int = 50,
-        guidance_scale: float = 1.0,
-        guidance_interval: Sequence[float] = (0.0, 1.0),
-        guidance_rescale: float = 0.0,
+        guidance: Guidance,
+        *,
         guide_model: ConditionalDenoiser | None = None,
         generator: list[torch.Generator] | None = None,
         progress_bar: Callable[[Tensor], Iterable[Tensor]] = iter,
     ) -> Tensor:
         """Normalised latents (B, N, D) of crystals with `num_atoms` (B,). `values` are those of some of the run's
-        conditions, (B, ...) by name; conditions that are not in it stay open. The rest is as `LatentDiffusionPipeline`
-        has it. Raises ValueError for guidance that would do nothing.
+        conditions, (B, ...) by name; conditions that are not in it stay open. The rest is as `sample_latents` has it.
+        Raises ValueError for guidance that would do nothing.
         """
         device, count = self.vae.device, len(num_atoms)
-        if self.learns_variance and (guidance_rescale or guide_model is not None):
-            what = "guide_model" if guidance_rescale == 0 else "guidance_rescale"
+        if self.learns_variance and (guidance.rescale or guide_model is not None):
+            what = "guide_model" if guidance.rescale == 0 else "guidance_rescale"
             raise ValueError(f"{what}: not for a run with a learned variance; leave it out")
         mask = torch.arange(self.max_atoms, device=device) < num_atoms.to(device)[:, None]  # (B, N)
         return sample_latents(
@@ -117,13 +116,10 @@ class CrystalPipeline:
             self.scheduler,
             (count, self.max_atoms, self.vae.config.latent_channels),
             values,
-            num_inference_steps,
-            guidance_scale,
-            guidance_interval,
-            guidance_rescale,
-            guide_model,
-            generator,
-            progress_bar,
+            guidance,
+            guide_model=guide_model,
+            generator=generator,
+            progress_bar=progress_bar,
             always={"attention_mask": mask},
             adapt=partial(self.with_variance, count=count),
         )

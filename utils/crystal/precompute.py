@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 DTYPE = "float32"  # latents of crystals are small, and half precision would move atoms
 
 
-def build_crystal_cache(args: Namespace, accelerator: Accelerator, cache_dir: Path) -> LatentSpec:
+def build_cache(args: Namespace, accelerator: Accelerator, cache_dir: Path) -> LatentSpec:
     """Makes the cache that `args` ask for, or finds it finished; the main process does it. Raises UserError for bad
     input and for a folder with another cache or something else in it.
     """
@@ -52,6 +52,11 @@ def build_crystal_cache(args: Namespace, accelerator: Accelerator, cache_dir: Pa
         write_cache(args, cache_dir, vae.to(accelerator.device), table, fingerprint)
 
     return found_or_made(accelerator, cache_dir, fingerprint, args.rows_per_shard, write)
+
+
+def facts_of(spec: LatentSpec) -> list[str]:
+    """What a cache of crystals holds beside latents, for a reader."""
+    return [f"{spec.num_translations} translations of each"] if spec.num_translations > 1 else []
 
 
 def write_cache(

@@ -1,7 +1,6 @@
 """Crystals that are sampled on the way: a picture, and how many of them are valid."""
 
 import logging
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -12,6 +11,7 @@ from utils.crystal.pictures import crystal_grid
 from utils.crystal.pipeline import Exporter
 from utils.crystal.structure import formula_of
 from utils.diffusion.denoiser import ConditionalDenoiser
+from utils.diffusion.guidance import Guidance
 from utils.diffusion.sampling import fault_of_steps, image_generators, sampling_scheduler
 from utils.errors import UserError
 from utils.training.held_out import in_fixed_order
@@ -40,7 +40,7 @@ class CrystalSamples:
         if fault:
             raise UserError(f"--validation_inference_steps {num_inference_steps}: {fault}; use 20, 25 or 50")
         self.accelerator, self.exporter, self.folder = run.accelerator, exporter, run.folder / "samples"
-        self.settings: dict[str, Any] = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+        self.guidance = Guidance(guidance_scale, num_inference_steps=num_inference_steps)
         rows = in_fixed_order(len(cache))[:num_crystals]
         batch = cache.gather(rows)
         self.num_atoms = batch["attention_mask"].sum(dim=1)  # (B,)
@@ -56,9 +56,8 @@ class CrystalSamples:
         home, device = pipeline.vae.device, self.accelerator.device
         pipeline.vae.to(device)
         with self.accelerator.autocast():
-            latents = pipeline.latents(
-                self.num_atoms, self.values, generator=image_generators(0, 0, len(self.num_atoms)), **self.settings
-            )
+            generators = image_generators(0, 0, len(self.num_atoms))
+            latents = pipeline.latents(self.num_atoms, self.values, self.guidance, generator=generators)
         crystals = pipeline.decode(latents, self.num_atoms)
         pipeline.vae.to(home)
         valid = float(np.mean([is_structurally_valid(crystal) for crystal in crystals]))

@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .conditions import CONDITIONS, Conditioning, encode_text
-from .guidance import check_guidance, denoise
+from .guidance import Guidance, denoise
 
 ASKED_BY = {each.argument: name for name, each in CONDITIONS.items()}  # argument of a call -> the condition it is for
 
@@ -143,9 +143,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         if not values and guide_model is None:
             guidance_scale = 1.0  # unconditional: there is nothing to guide towards
         with_negative_prompt = negative_prompt is not None
-        check_guidance(
-            guidance_scale, guidance_interval, guidance_rescale, guide_model is not None, with_negative_prompt
-        )
+        guidance = Guidance(guidance_scale, guidance_interval, guidance_rescale, num_inference_steps)
+        guidance.check(guide_model is not None, with_negative_prompt)
         config, device = self.denoiser.config, self._execution_device
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
@@ -163,13 +162,10 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             self.scheduler,
             partial(self.predict_from, self.conditions(values, drop)),  # which no step changes
             latents,
-            num_inference_steps,
-            guidance_scale,
-            guidance_interval,
-            guidance_rescale,
+            guidance,
             predict_weaker,
-            generator,
-            self.progress_bar,
+            generator=generator,
+            progress_bar=self.progress_bar,
         )
         if output_type == "latent":
             images = latents

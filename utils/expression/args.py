@@ -3,10 +3,11 @@
 import os
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 
-from utils.args.parsing import fraction, non_negative_float, non_negative_int, positive_float, positive_int
+from utils.args.parsing import fraction, non_negative_float, non_negative_int, positive_float, positive_int, required
 from utils.errors import UserError
 
 MIN_GENES = 2
+CELLS_AT_ONCE = 1024  # that are sampled: they are small
 
 
 def add_cell_data_args(parser: ArgumentParser) -> None:
@@ -127,6 +128,20 @@ def add_expression_cache_args(parser: ArgumentParser) -> None:
     group.add_argument("--rows_per_shard", type=positive_int, default=65536, help="Cells per shard.")
 
 
+def add_precompute_args(parser: ArgumentParser) -> None:
+    """All flags of a latent cache of cells."""
+    add_cell_data_args(parser)
+    add_expression_cache_args(parser)
+
+
+def check_precompute_args(args: Namespace) -> None:
+    """Refuses a cache of nothing, and a seed, which nothing would read."""
+    required(args, "dataset_name", "pretrained_vae_model_name_or_path")
+    if "seed" in args.typed:
+        raise UserError("--seed with --modality expression: nothing about encoding cells is random; leave it out")
+    args.mixed_precision = "no"  # latents of cells are small, and encoding them takes no time
+
+
 JOINT_FLAGS = ("dataset_name", "counts_layer", "vae_learning_rate", "joint_latents", "kl_weight")
 
 
@@ -189,13 +204,9 @@ def add_expression_samples_args(parser: ArgumentParser) -> None:
     group.add_argument("--validation_inference_steps", type=positive_int, default=25, help="Steps of their sampler.")
 
 
-# Flags of sample.py that belong to runs of cells, beside those that crystals have too.
-OF_CELLS = ("class_label", "num_samples", "property")
-
-
-def add_expression_request_args(parser: ArgumentParser) -> None:
-    """What a run of cells is asked for."""
-    group = parser.add_argument_group("request of cells; --num_samples and --property are as for crystals")
+def add_request_args(parser: ArgumentParser) -> None:
+    """What a run of cells is asked for, beside --num_samples and --property."""
+    group = parser.add_argument_group("request of cells")
     group.add_argument(
         "--class_label",
         nargs="+",

@@ -14,6 +14,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from utils.diffusion.denoiser import ConditionalDenoiser
+from utils.diffusion.guidance import Guidance
 from utils.diffusion.sampling import sample_latents, sampling_scheduler
 from utils.errors import UserError
 from utils.expression.cache import JointCache, VectorCache
@@ -63,10 +64,8 @@ class ExpressionPipeline:
         self,
         count: int,
         values: dict[str, Tensor],
-        num_inference_steps: int = 50,
-        guidance_scale: float = 1.0,
-        guidance_interval: Sequence[float] = (0.0, 1.0),
-        guidance_rescale: float = 0.0,
+        guidance: Guidance,
+        *,
         guide_model: ConditionalDenoiser | None = None,
         generator: list[torch.Generator] | None = None,
         progress_bar: Callable[[Tensor], Iterable[Tensor]] = iter,
@@ -77,13 +76,10 @@ class ExpressionPipeline:
             self.scheduler,
             (count, self.denoiser.model.config.sample_size),
             values,
-            num_inference_steps,
-            guidance_scale,
-            guidance_interval,
-            guidance_rescale,
-            guide_model,
-            generator,
-            progress_bar,
+            guidance,
+            guide_model=guide_model,
+            generator=generator,
+            progress_bar=progress_bar,
         )
 
     def decode(

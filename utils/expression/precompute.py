@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 DTYPE = "float32"  # latents of cells are small
 
 
-def build_expression_cache(args: Namespace, accelerator: Accelerator, cache_dir: Path) -> LatentSpec:
+def build_cache(args: Namespace, accelerator: Accelerator, cache_dir: Path) -> LatentSpec:
     """Makes the cache that `args` ask for, or finds it finished; the main process does it. Raises UserError for bad
     input and for a folder with another cache or something else in it.
     """
@@ -36,6 +36,11 @@ def build_expression_cache(args: Namespace, accelerator: Accelerator, cache_dir:
     with TemporaryDirectory() as folder:  # for more cells than memory: the files stay mapped when they have no name
         table = read_table(source, rows, config.genes, config.library, Path(folder), args.max_skipped_fraction)
     return build_from(args, accelerator, cache_dir, vae, table)
+
+
+def facts_of(spec: LatentSpec) -> list[str]:
+    """What a cache of cells holds beside latents, for a reader."""
+    return []
 
 
 def build_from(

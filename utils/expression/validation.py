@@ -1,7 +1,6 @@
 """Cells that are sampled on the way: where their latents lie beside those of the training cells, and how far."""
 
 import logging
-from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +8,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
 from utils.diffusion.denoiser import ConditionalDenoiser
+from utils.diffusion.guidance import Guidance
 from utils.diffusion.sampling import fault_of_steps, image_generators, sampling_scheduler
 from utils.draws import SampleDraws
 from utils.errors import UserError
@@ -52,7 +52,7 @@ class CellSamples:
             raise UserError(f"--validation_inference_steps {num_inference_steps}: {fault}; use 20, 25 or 50")
         self.accelerator, self.exporter, self.cache = run.accelerator, exporter, cache
         self.folder = run.folder / "samples"
-        self.settings: dict[str, Any] = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+        self.guidance = Guidance(guidance_scale, num_inference_steps=num_inference_steps)
         order = in_fixed_order(len(cache))
         self.rows, others = order[:num_cells], order[num_cells : 2 * num_cells]
         self.labels = None
@@ -78,7 +78,7 @@ class CellSamples:
         batch, count = self.cache.gather(self.rows), len(self.rows)
         values = {name: batch[name] for name in self.cache.conditions}
         with self.accelerator.autocast():
-            latents = pipeline.latents(count, values, generator=image_generators(0, 0, count), **self.settings)
+            latents = pipeline.latents(count, values, self.guidance, generator=image_generators(0, 0, count))
         found, real = latents.float().cpu().numpy(), self.real(self.rows)
         if not np.isfinite(found).all():
             logger.warning("step %d: samples are not finite", global_step)

@@ -5,6 +5,7 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 
 from utils.args import sampling as sample_args
 from utils.args.checks import check_new_folder
+from utils.args.columns import add_column_request_args
 from utils.args.parsing import positive_float, positive_int, refuse_together, required
 from utils.args.sampling import check_sweep
 from utils.crystal import args as crystal_args
@@ -23,10 +24,9 @@ def add_evaluation_args(parser: ArgumentParser) -> None:
     """All flags of an evaluation of crystals."""
     add_comparison_args(parser)
     add_measurement_args(parser)
-    crystal_args.add_crystal_request_args(parser)
-    num_samples = next(action for action in parser._actions if action.dest == "num_samples")
-    num_samples.default = None  # sample.py makes that many of each request
-    num_samples.help = f"Crystals in all. Default: all there are; {DEFAULT_CRYSTALS_OF_A_RUN} of a run."
+    help_of_number = f"Crystals in all. Default: all there are; {DEFAULT_CRYSTALS_OF_A_RUN} of a run."
+    add_column_request_args(parser, num_samples=None, help_of_number=help_of_number)
+    crystal_args.add_request_args(parser)
     add_reference_request_args(parser)
     sample_args.add_sampler_args(parser)
 

@@ -4,8 +4,6 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from utils.args.parsing import saved_arguments
 from utils.args.sampling import sweep_points
 from utils.crystal.evaluation.args import DEFAULT_CRYSTALS_OF_A_RUN, parse_targets
@@ -17,7 +15,6 @@ from utils.crystal.evaluation.samples import (
     Order,
     Real,
     SampleSet,
-    load_model,
     open_real,
     order_of_flags,
     order_of_reference,
@@ -27,9 +24,8 @@ from utils.crystal.evaluation.samples import (
 )
 from utils.crystal.files import save_crystals
 from utils.crystal.pictures import crystal_grid
-from utils.crystal.pipeline import CrystalPipeline, load_guide
-from utils.crystal.sampler import guidance_settings, sample_crystals
-from utils.diffusion.sampling import sampling_scheduler, usable_device
+from utils.crystal.pipeline import CrystalPipeline, load_run
+from utils.crystal.sampler import Sampler
 from utils.evaluation.figures import rows_at_most
 from utils.evaluation.report import Point, Report, described
 from utils.runs.load import next_folder
@@ -70,43 +66,15 @@ def sample_point(
     """Samples the run as sample.py does, and leaves in `folder` what it leaves -> the samples, the null of random
     latents if it is wanted, and the settings.
     """
-    pipeline = load_model(Path(args.model), args.ema_sigma_rel)
-    guide = load_guide(args.guide_model, pipeline) if args.guide_model else None
-    pipeline.scheduler = sampling_scheduler(pipeline.scheduler, args.scheduler, args.num_inference_steps)
-    device = usable_device(args.device)
-    pipeline.to(device)
-    if guide is not None:
-        guide.to(device)
-    order = make_order(args, pipeline, real)
-    settings = guidance_settings(
-        pipeline,
-        order.requests,
-        args.guidance_scale,
-        args.guidance_interval,
-        args.guidance_rescale,
-        args.num_inference_steps,
-        with_guide=guide is not None,
+    sampler = Sampler.of(args, Path(args.model))
+    order = make_order(args, sampler.pipeline, real)
+    crystals = sampler.sample_all(
+        order.requests, args.seed, args.batch_size, args.mixed_precision, num_atoms=order.num_atoms
     )
-    crystals = []
-    with tqdm(total=len(order.requests), unit=" crystals", desc="samples", leave=False) as progress:
-        for batch in sample_crystals(
-            pipeline,
-            order.requests,
-            order.num_atoms,
-            settings,
-            args.seed,
-            args.batch_size,
-            args.mixed_precision,
-            args.clamp_composition,
-            guide,
-        ):
-            crystals += batch
-            progress.update(len(batch))
-    settings |= {name: getattr(args, name) for name in ("guide_model", "ema_sigma_rel") if getattr(args, name)}
-    settings |= {"model": args.model, "scheduler": type(pipeline.scheduler).__name__}
+    settings = sampler.settings(order.requests)
     folder.mkdir(parents=True)
     save_crystals(folder, crystals, order.requests, settings, args.seed)
-    null = random_latents(pipeline, order, args.seed, args.batch_size) if with_null else None
+    null = random_latents(sampler.pipeline, order, args.seed, args.batch_size) if with_null else None
     return SampleSet(name or SAMPLES, SAMPLES, crystals, order.requests, order.counterparts), null, settings
 
 
@@ -115,7 +83,7 @@ def evaluate(args: Namespace) -> None:
     # Load
     calculator = load_calculator(args.calculator) if args.calculator else None
     if args.model is not None:
-        load_model(Path(args.model), None)  # what is wrong with it shows before the real crystals are read
+        load_run(args.model)  # what is wrong with it shows before the real crystals are read
     real = open_real(
         args.reference,
         args.reference_split,

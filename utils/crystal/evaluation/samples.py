@@ -12,13 +12,12 @@ import torch
 from utils.crystal.data.cif import crystal_of_arrays, crystal_of_cif, has_arrays
 from utils.crystal.data.table import CIF_COLUMN, CrystalTable, load_crystals, open_crystals
 from utils.crystal.files import LINES_FILE, TABLE_FILE, read_samples
-from utils.crystal.pipeline import CrystalPipeline, load_run
+from utils.crystal.pipeline import CrystalPipeline
 from utils.crystal.sampler import clamped_counts, numbers_of_atoms, requested_crystals
 from utils.crystal.structure import SYMBOLS, Crystal, counts_of, formula_of, parse_formula
 from utils.diffusion.sampling import batches, image_generators
 from utils.errors import UserError
 from utils.evaluation.figures import rows_at_most
-from utils.runs.load import RunFolder
 from utils.runs.requests import not_a_condition
 
 UNREADABLE = Crystal(np.zeros(0, dtype=np.int64), np.zeros((0, 3)), np.zeros((3, 3)))  # valid to nothing
@@ -148,12 +147,6 @@ class Order:
     num_atoms: np.ndarray  # (B,)
     counterparts: list[list[Crystal]]
     counts: list[dict[int, int]] | None  # atoms of each element, where the composition is clamped
-
-
-def load_model(run_dir: Path, ema_sigma_rel: float | None) -> CrystalPipeline:
-    """The crystal run of --model. Raises UserError for a folder that is no run."""
-    RunFolder.find(run_dir)
-    return load_run(run_dir, ema_sigma_rel)
 
 
 def order_of_flags(

@@ -7,8 +7,8 @@ from utils.args.checks import check_new_folder
 from utils.args.parsing import positive_int, required
 from utils.args.sampling import SWEEPS, check_sweep
 from utils.errors import UserError
+from utils.expression.args import CELLS_AT_ONCE
 
-CELLS_AT_ONCE = 1024  # they are small
 SPLITS = ("train", "val", "test", "all")
 OF_SAMPLING = (
     *("model", "sweep", "seeds", "guidance_scale", "guidance_interval", "guidance_rescale", "guide_model"),
@@ -20,10 +20,7 @@ def add_evaluation_args(parser: ArgumentParser) -> None:
     """All flags of an evaluation of cells."""
     add_comparison_args(parser)
     add_measurement_args(parser)
-    sample_args.add_sampler_args(parser)
-    batch_size = next(action for action in parser._actions if action.dest == "batch_size")
-    batch_size.default = CELLS_AT_ONCE
-    batch_size.help = f"Cells made at once. Default: {CELLS_AT_ONCE}."
+    sample_args.add_sampler_args(parser, batch_size=CELLS_AT_ONCE)
 
 
 def add_comparison_args(parser: ArgumentParser) -> None:

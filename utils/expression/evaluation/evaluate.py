@@ -12,13 +12,11 @@ from tqdm.auto import tqdm
 
 from utils.args.parsing import saved_arguments
 from utils.args.sampling import sweep_points
-from utils.diffusion.denoiser import ConditionalDenoiser
-from utils.diffusion.sampling import sampling_scheduler, usable_device
+from utils.diffusion.sampling import usable_device
 from utils.errors import UserError
 from utils.evaluation.figures import Group, over_seeds
 from utils.evaluation.regressors import number_names
 from utils.evaluation.report import Point, Report, described
-from utils.expression import sampler as expression_requests
 from utils.expression.evaluation.figures import groups_by_type, groups_of, titles_of
 from utils.expression.evaluation.judge import Judge
 from utils.expression.evaluation.nulls import Posterior, laws_of_nulls, sets_beside
@@ -32,16 +30,15 @@ from utils.expression.evaluation.samples import (
     given_requests,
     known_by_columns,
     label_column_of,
-    load_model,
     read_given,
     requests_of,
     sampled_set,
     text_columns_of,
 )
-from utils.expression.files import save_cells
 from utils.expression.pictures import check_umap, marker_plot, scatter_grid, shown, umap_points
-from utils.expression.pipeline import ExpressionPipeline, load_guide
-from utils.runs.load import next_folder
+from utils.expression.pipeline import load_run
+from utils.expression.sampler import Sampler
+from utils.runs.load import RunFolder, next_folder
 
 REMARK = (
     "All columns are judged against the same test cells by the same functions, and normalised by the sum of the genes "
@@ -53,57 +50,12 @@ OF_THE_DRAW = "Brackets hold 95 % intervals over the draw of the cells."
 OF_SEEDS = "Figures are means over {} seeds, brackets hold the lowest and the highest; the test cells are the same."
 
 
-@dataclass
-class Sampler:
-    """A run that is ready, and how it is sampled."""
-
-    pipeline: ExpressionPipeline
-    guide: ConditionalDenoiser | None
-    settings: dict[str, Any]
-
-
-def prepare_sampling(args: Namespace, requests: Requests) -> Sampler:
-    """As sample.py does. Raises UserError for guidance that contradicts itself or would do nothing."""
-    _, pipeline = load_model(Path(args.model), args.ema_sigma_rel)
-    guide = load_guide(args.guide_model, pipeline) if args.guide_model else None
-    pipeline.scheduler = sampling_scheduler(pipeline.scheduler, args.scheduler, args.num_inference_steps)
-    device = usable_device(args.device)
-    pipeline.to(device)
-    if guide is not None:
-        guide.to(device)
-    settings = expression_requests.guidance_settings(
-        pipeline,
-        requests,
-        args.guidance_scale,
-        args.guidance_interval,
-        args.guidance_rescale,
-        args.num_inference_steps,
-        with_guide=guide is not None,
-    )
-    return Sampler(pipeline, guide, settings)
-
-
 def sample_seed(args: Namespace, sampler: Sampler, requests: Requests, seed: int, folder: Path) -> np.ndarray:
     """Samples as sample.py does, and leaves in `folder` what it leaves -> counts (n, G)."""
-    drawn = []
-    with tqdm(total=len(requests), unit=" cells", desc="samples", leave=False) as progress:
-        for batch in expression_requests.sample_cells(
-            sampler.pipeline,
-            [dict(each) for each in requests],
-            sampler.settings,
-            seed,
-            args.batch_size,
-            args.mixed_precision,
-            sampler.guide,
-        ):
-            drawn.append(batch)
-            progress.update(len(batch.counts))
-    counts, library_sizes = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
-    settings = sampler.settings | {n: getattr(args, n) for n in ("guide_model", "ema_sigma_rel") if getattr(args, n)}
-    settings |= {"model": args.model, "scheduler": type(sampler.pipeline.scheduler).__name__}
+    cells = sampler.sample_all(requests, seed, args.batch_size, args.mixed_precision)
     folder.mkdir(parents=True)
-    save_cells(folder, counts, library_sizes, sampler.pipeline.genes, requests, settings, seed)
-    return counts
+    sampler.save(folder, cells, requests, seed)
+    return np.stack([cell.counts for cell in cells])
 
 
 @dataclass
@@ -157,7 +109,7 @@ def evaluate(args: Namespace) -> None:
         given = read_given(args.samples, args.samples_layer, args.num_samples)
         genes, library, split_of = given.genes, "chosen", Path(args.split_of) if args.split_of else None
     else:
-        split_of, pipeline = load_model(Path(args.model), None)
+        split_of, pipeline = RunFolder.find(args.model).path, load_run(args.model)
         genes, library = pipeline.genes, pipeline.vae.config.library
         label_column = label_column_of(pipeline.columns, label_column)
     real = open_real(
@@ -206,8 +158,8 @@ def evaluate(args: Namespace) -> None:
     for swept in sweep_points(args) if given is None else []:
         name = " ".join(f"{key} {value:g}" for key, value in swept.items())
         chosen = Namespace(**(vars(args) | swept))
-        sampler = prepare_sampling(chosen, requests)
-        settings = sampler.settings
+        sampler = Sampler.of(chosen, Path(args.model))
+        settings = sampler.guidance(requests).arguments()
         for i, seed in enumerate(seeds):
             folder = output_dir / "samples" / (name.replace(" ", "_") or "all")
             folder = folder / f"seed_{i}" if args.seeds > 1 else folder

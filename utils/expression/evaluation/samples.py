@@ -15,9 +15,7 @@ from utils.expression.data.source import open_cells, shortened
 from utils.expression.data.table import CellTable, text_labels
 from utils.expression.evaluation.real import MIN_CELLS, Cells, Real, cells_of
 from utils.expression.files import CELLS_FILE
-from utils.expression.pipeline import ExpressionPipeline, load_run
 from utils.latents.columns import category_name
-from utils.runs.load import RunFolder
 from utils.runs.requests import Columns
 
 SAMPLES, CONTROL, CEILING = "samples", "control: real cells", "ceiling: reconstructions"
@@ -109,13 +107,6 @@ def is_number(table: CellTable | None, name: str) -> bool:
 
 
 # ---- what a run is asked for
-
-
-def load_model(path: Path, ema_sigma_rel: float | None) -> tuple[Path, ExpressionPipeline]:
-    """The folder of the run of --model, which a checkpoint lies in, and the run. Raises UserError for a folder that is
-    none.
-    """
-    return RunFolder.find(path).path, load_run(path, ema_sigma_rel)
 
 
 def label_column_of(columns: Columns, given: str | None) -> str | None:

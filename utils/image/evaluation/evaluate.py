@@ -5,14 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm.auto import tqdm
 
 from utils.args.parsing import saved_arguments
 from utils.args.sampling import sweep_points
 from utils.diffusion import sampling
 from utils.evaluation.report import Point, Report, described
 from utils.image import pictures
-from utils.image import sampler as requests
 from utils.image.codec import measure_shape
 from utils.image.evaluation.args import DEFAULT_SAMPLES_OF_A_RUN, is_statistics_file
 from utils.image.evaluation.features import ClassifierFeatures, Features, PixelFeatures, load_features
@@ -27,7 +25,7 @@ from utils.image.evaluation.figures import (
 )
 from utils.image.evaluation.images import Columns, Images, conversions, open_images
 from utils.image.evaluation.measured import RealImages, measure
-from utils.image.pipeline import load_guide, load_run
+from utils.image.sampler import Sampler, read_prompts, requested_images, save_images
 from utils.runs.load import next_folder
 
 
@@ -67,53 +65,22 @@ def open_real(args: Namespace, metrics_of: dict[Features, list[str]], num_sample
     return RealImages(sources, statistics_file, extractors, args.feature_batch_size, Path(args.statistics_dir))
 
 
-def prepare_sampling(args: Namespace, run_dir: Path, captions: list[str]):
-    """The run with its sampler, and what it is asked for: (pipeline, requests, settings, guide), as in sample.py."""
-    pipeline = load_run(run_dir, args.ema_sigma_rel)
-    guide = load_guide(args.guide_model, pipeline) if args.guide_model else None
-    pipeline.scheduler = sampling.sampling_scheduler(pipeline.scheduler, args.scheduler, args.num_inference_steps)
-    device = sampling.usable_device(args.device)
-    pipeline.to(device)
-    if guide is not None:
-        guide.to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    prompts = (args.prompt or []) + requests.read_prompts(args.prompts_file) + captions
-    asked = requests.requested_images(pipeline, run_dir, prompts, args.class_labels, args.negative_prompt)
-    settings = requests.guidance_settings(
-        pipeline,
-        args.guidance_scale,
-        args.guidance_interval,
-        args.guidance_rescale,
-        args.num_inference_steps,
-        with_guide=guide is not None,
-        with_negative_prompt=args.negative_prompt is not None,
-    )
-    return pipeline, [asked[i % len(asked)] for i in range(args.num_samples)], settings, guide
-
-
-def sample_into(folder: Path, args: Namespace, run_dir: Path, pipeline, wanted, settings, guide) -> None:
-    """Samples as sample.py does, and leaves what it leaves."""
-    images = []
-    with tqdm(total=len(wanted), unit=" images", desc="samples", leave=False) as progress:
-        for batch in requests.sample(
-            pipeline, wanted, settings, args.seed, args.batch_size, args.mixed_precision, guide_model=guide
-        ):
-            images += batch
-            progress.update(len(batch))
-    settings |= {name: getattr(args, name) for name in ("guide_model", "ema_sigma_rel") if getattr(args, name)}
-    settings |= {"model": str(run_dir), "scheduler": type(pipeline.scheduler).__name__}
-    folder.mkdir(parents=True)
-    requests.save_images(folder, images, wanted, settings, args.seed)
-
-
 def sample_point(args: Namespace, real: RealImages, folder: Path) -> tuple[Images, dict[str, Any]]:
-    """Samples the run as the flags of one point say -> the samples, which lie in `folder`, and the settings."""
-    captions = real.sources["reference"].captions or [] if "reference" in real.sources else []
+    """Samples the run as the flags of one point say, as sample.py does -> the samples, which lie in `folder`, and the
+    settings.
+    """
     run_dir = Path(args.model)
-    pipeline, wanted, settings, guide = prepare_sampling(args, run_dir, captions)
-    size = pipeline.denoiser.config.sample_size * measure_shape(pipeline.vae)[1]
+    sampler = Sampler.of(args, run_dir)
+    captions = real.sources["reference"].captions or [] if "reference" in real.sources else []
+    prompts = (args.prompt or []) + read_prompts(args.prompts_file) + captions
+    asked = requested_images(sampler.pipeline, run_dir, prompts, args.class_labels, args.negative_prompt)
+    requests = [asked[i % len(asked)] for i in range(args.num_samples)]
+    settings = sampler.settings(requests)
+    size = sampler.pipeline.denoiser.config.sample_size * measure_shape(sampler.pipeline.vae)[1]
     real.measure(args.resolution or size)  # before the samples: what does not fit shows at once
-    sample_into(folder, args, run_dir, pipeline, wanted, settings, guide)
+    images = sampler.sample_all(requests, args.seed, args.batch_size, args.mixed_precision)
+    folder.mkdir(parents=True)
+    save_images(folder, images, requests, settings, args.seed)
     return open_images(str(folder), "train", "--model", Columns()), settings
 
 
