@@ -7,8 +7,7 @@ import torch
 
 from tests.support.crystal import TINY_VAE
 from tests.support.processes import with_random_weights
-from tests.support.random_crystal_runs import COLUMNS, GAP, SYSTEM, make_denoiser, make_pipeline, make_run
-from utils.crystal.pipeline import export_run
+from tests.support.random_crystal_runs import COLUMNS, GAP, SYSTEM, export_run, make_denoiser, make_pipeline, make_run
 from utils.crystal.vae.network import CrystalVAE
 from utils.diffusion.sampling import SAMPLERS
 
@@ -31,7 +30,7 @@ def runs(tmp_path_factory) -> Path:
     denoiser = make_denoiser(GAP, learned_variance=True)
     pipeline = make_pipeline(denoiser, "epsilon")
     pipeline.scheduler = SAMPLERS["ddpm"].from_config(pipeline.scheduler.config, variance_type="learned_range")
-    export_run(folder / "variance", denoiser, pipeline, "")
+    export_run(folder / "variance", denoiser, pipeline)
     for name in ("unet", "vae", "scheduler"):
         (folder / "images" / name).mkdir(parents=True)
         (folder / "images" / name / "config.json").write_text("{}")

@@ -13,6 +13,7 @@ from utils.crystal.vae.network import CrystalVAE
 from utils.diffusion import sampling
 from utils.diffusion.conditions import ConditionSum, NoCondition
 from utils.diffusion.denoiser import ConditionalDenoiser
+from utils.diffusion.guidance import Guidance
 from utils.diffusion.objectives import training_scheduler
 from utils.diffusion.sampling import sampling_scheduler
 from utils.latents.spec import Normalisation
@@ -46,7 +47,9 @@ def test_a_sample_is_its_own(vae, monkeypatch, kind, columns):
     def sample(rows, pipeline=pipeline):
         generators = [torch.Generator().manual_seed(100 + row) for row in rows]
         values = {name: VALUES[name][list(rows)] for name in columns}
-        latents = pipeline.latents(num_atoms[list(rows)], values, 4, 2.0, generator=generators)
+        latents = pipeline.latents(
+            num_atoms[list(rows)], values, Guidance(2.0, num_inference_steps=4), generator=generators
+        )
         return latents, pipeline.decode(latents, num_atoms[list(rows)])
 
     together, expected = sample(range(len(SIZES)))

@@ -10,7 +10,7 @@ from scipy.stats import chisquare
 from tests.support.random_crystal_runs import NUM_ITEMS
 from utils.args.columns import parse_conditions
 from utils.crystal.cache import CONDITION_KINDS, OF_ATOMS
-from utils.crystal.pipeline import load_crystal_run
+from utils.crystal.pipeline import load_run
 from utils.crystal.sampler import clamped_counts, condition_values, numbers_of_atoms
 from utils.errors import UserError
 
@@ -20,7 +20,7 @@ for package in ("pymatgen", "spglib"):
 
 def test_what_the_model_is_told(runs):
     """Shares of the elements, ones for those that are there, the number as it is, the place of the class."""
-    pipeline = load_crystal_run(runs / "asked")
+    pipeline = load_run(runs / "asked")
     requests = [
         {"composition": text, "band_gap": 1.5, "spacegroup": "P 1"} for text in ("SrTiO3", "Sr2Ti2O6", "O3TiSr")
     ]
@@ -30,12 +30,12 @@ def test_what_the_model_is_told(runs):
     expected = torch.zeros(118)
     expected[[38 - 1, 22 - 1, 8 - 1]] = torch.tensor([0.2, 0.2, 0.6])
     torch.testing.assert_close(values["composition"], expected.expand(3, -1))
-    system = condition_values(load_crystal_run(runs / "system"), [{"chemical_system": "Sr-Ti-O"}])["chemical_system"]
+    system = condition_values(load_run(runs / "system"), [{"chemical_system": "Sr-Ti-O"}])["chemical_system"]
     assert system.equal((expected > 0).float()[None])
 
 
 def test_numbers_of_atoms_follow_the_training_set(runs):
-    pipeline = load_crystal_run(runs / "asked")
+    pipeline = load_run(runs / "asked")
     assert pipeline.num_items == NUM_ITEMS
     found = Counter(numbers_of_atoms(pipeline, [{}] * 3000, None, 0).tolist())
     assert set(found) == set(NUM_ITEMS)

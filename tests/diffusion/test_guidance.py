@@ -1,6 +1,7 @@
 """Guidance: the maths against closed forms and diffusers, and whole samplings of Gaussian data of which the end is known.
 Faults that trainers are known for are put back, and must be found."""
 
+import inspect
 import math
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import nn
 
 from tests.support.guidance import label_of_dropped, normal, zeros_for_dropped
 from utils.diffusion.conditions import ClassCondition, NoCondition
-from utils.diffusion.guidance import check_guidance, extrapolate, guidance_scales, guided_prediction, rescale
+from utils.diffusion.guidance import Guidance, extrapolate, guided_prediction, rescale
 from utils.diffusion.objectives import DDPMObjective, training_scheduler
 from utils.diffusion.pipelines import LatentDiffusionPipeline
 
@@ -101,11 +102,11 @@ def test_guide_is_called_once_with_the_conditional_samples():
 def test_scales_follow_the_interval():
     """Both ends belong to it; the whole range holds every timestep of either family."""
     timesteps = torch.tensor([1000.0, 999, 800, 500.5, 200, 199.9, 0])
-    assert guidance_scales(timesteps, 1000, 4.0, (0.2, 0.8)) == [1, 1, 4, 4, 4, 1, 1]
-    assert guidance_scales(timesteps, 1000, 4.0, (0.0, 1.0)) == [4] * 7
-    assert guidance_scales(torch.tensor([249, 0]), 500, 4.0, (0.0, 0.4)) == [1, 4]
+    assert Guidance(4.0, (0.2, 0.8)).scales(timesteps, 1000) == [1, 1, 4, 4, 4, 1, 1]
+    assert Guidance(4.0).scales(timesteps, 1000) == [4] * 7
+    assert Guidance(4.0, (0.0, 0.4)).scales(torch.tensor([249, 0]), 500) == [1, 4]
     with pytest.raises(ValueError, match=r"^guidance_interval 0.6 0.7: none of the sampler's 7 steps"):
-        guidance_scales(timesteps, 1000, 4.0, (0.6, 0.7))
+        Guidance(4.0, (0.6, 0.7)).scales(timesteps, 1000)
 
 
 REFUSED = {
@@ -123,14 +124,24 @@ REFUSED = {
 
 @pytest.mark.parametrize("start", REFUSED)
 def test_contradictions_are_refused(start):
+    *settings, with_guide, with_negative_prompt = REFUSED[start]
     with pytest.raises(ValueError, match=f"^{start}:"):
-        check_guidance(*REFUSED[start])
+        Guidance(*settings).check(with_guide, with_negative_prompt)
 
 
 def test_sound_guidance_is_not_refused():
-    check_guidance(1.0, (0.0, 1.0), 0.0, False, False)
-    check_guidance(0.0, (0.1, 0.9), 1.0, True, False)
-    check_guidance(4.0, [0.0, 1.0], 0.5, False, True)
+    Guidance().check(with_guide=False)
+    Guidance(0.0, (0.1, 0.9), 1.0).check(with_guide=True)
+    Guidance(4.0, [0.0, 1.0], 0.5).check(with_guide=False, with_negative_prompt=True)
+
+
+def test_guidance_is_written_by_the_names_of_the_flags():
+    """And by those that the diffusers pipeline takes."""
+    arguments = Guidance(3.0, (0.1, 0.9), 0.5, 20).arguments()
+    names = ["guidance_scale", "guidance_interval", "guidance_rescale", "num_inference_steps"]
+    assert list(arguments) == names
+    assert list(arguments.values()) == [3.0, (0.1, 0.9), 0.5, 20]
+    assert set(names) <= set(inspect.signature(LatentDiffusionPipeline.__call__).parameters)
 
 
 # Whole samplings of which the end is known: latents from N(0, std^2) under rectified flow. The perfect velocity is d/dt of

@@ -10,6 +10,7 @@ from utils.crystal.pipeline import CrystalPipeline
 from utils.crystal.vae.network import CrystalVAE
 from utils.diffusion.conditions import NoCondition
 from utils.diffusion.denoiser import ConditionalDenoiser
+from utils.diffusion.guidance import Guidance
 from utils.diffusion.learned_variance import VLB_WEIGHT
 from utils.diffusion.objectives import DDPMObjective, training_scheduler
 from utils.diffusion.sampling import image_generators, sampling_scheduler
@@ -105,7 +106,9 @@ def pipeline_of(share, scheduler_name):
 
 def sampled(share, scheduler_name):
     numbers = torch.tensor([4, 2])
-    return pipeline_of(share, scheduler_name).latents(numbers, {}, 10, generator=image_generators(0, 0, 2))
+    return pipeline_of(share, scheduler_name).latents(
+        numbers, {}, Guidance(num_inference_steps=10), generator=image_generators(0, 0, 2)
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,6 +130,6 @@ def test_guidance_leaves_the_variance_of_the_conditional_branch():
     assert torch.equal(joined[:2, 4:], both[:2, :, 2:])
     assert torch.equal(joined[2:, 4:], both[:2, :, 2:])
     with pytest.raises(ValueError, match="guidance_rescale"):
-        pipeline.latents(torch.tensor([4]), {"x": torch.zeros(1)}, 10, guidance_scale=2.0, guidance_rescale=0.5)
+        pipeline.latents(torch.tensor([4]), {"x": torch.zeros(1)}, Guidance(2.0, rescale=0.5))
     ddim = dataclasses.replace(pipeline, scheduler=sampling_scheduler(pipeline.scheduler, "ddim"))
     assert ddim.with_variance(both, 2).shape == (4, 4, 2)

@@ -1,7 +1,9 @@
 """What is asked of a run: cells as trained, values of conditions, batches for the decoder, and a sample that is its own."""
 
 import math
+from argparse import Namespace
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from utils.diffusion.objectives import training_scheduler
 from utils.diffusion.sampling import sampling_scheduler
 from utils.errors import UserError
 from utils.expression.pipeline import ExpressionPipeline
-from utils.expression.sampler import as_trained, condition_values, draw_batches, sample_cells
+from utils.expression.sampler import Sampler, as_trained, condition_values, draw_batches
 from utils.latents.spec import Normalisation
 from utils.models.vector_mlp import VectorMLP
 
@@ -106,7 +108,13 @@ def test_a_batch_that_is_a_condition_is_the_one_asked_for(kind):
         assert set(draw_batches(pipeline, [{"lane": 1.5}] * 40, 0)) == {0, 1}
 
 
-SETTINGS = {"num_inference_steps": 3, "guidance_scale": 2.0}
+def sample(pipeline, requests, seed: int, batch_size: int, guidance_scale: float = 2.0):
+    """Counts (n, G) and library sizes (n,)."""
+    args = Namespace(
+        guidance_scale=guidance_scale, guidance_interval=[0.0, 1.0], guidance_rescale=0.0, num_inference_steps=3
+    )
+    found = Sampler(args, Path("run"), pipeline, guide=None).sample(requests, seed, batch_size, "no")
+    return tuple(np.stack(parts) for parts in zip(*(cell for batch in found for cell in batch), strict=True))
 
 
 @pytest.mark.parametrize("settings", [{}, BATCHES, {"likelihood": "zinb"}, {"likelihood": "gaussian"}], ids=str)
@@ -114,19 +122,16 @@ def test_a_sample_is_its_own(settings):
     """Whatever stands beside it; counts too, for they are drawn by a seed of their own."""
     pipeline = make_pipeline(**settings)
     requests = [{"cell_type": "T", "age": 50.0}, {"cell_type": "B"}, {}, {"age": 10.0}] * 3
-    whole = next(sample_cells(pipeline, requests, SETTINGS, 5, 100))
-    assert whole.counts.shape == (12, GENES)
-    assert (whole.counts == np.rint(whole.counts)).all()
-    assert whole.counts.min() >= 0
-    parts = [list(sample_cells(pipeline, requests, SETTINGS, 5, size)) for size in (1, 5)]
-    for part in parts:
-        counts, libraries = (np.concatenate(each) for each in zip(*part, strict=True))
-        np.testing.assert_allclose(libraries, whole.library_sizes, rtol=1e-4)
-        assert (counts != whole.counts).mean() < 0.01  # a mean that is rounded otherwise may tip a draw
-    later = next(sample_cells(pipeline, requests[4:], SETTINGS, 9, 100))
-    np.testing.assert_allclose(later.library_sizes, whole.library_sizes[4:], rtol=1e-4)
-    others = next(sample_cells(pipeline, requests, SETTINGS, 50, 100))
-    assert (others.library_sizes != whole.library_sizes).all()
+    counts, library_sizes = sample(pipeline, requests, 5, 100)
+    assert counts.shape == (12, GENES)
+    assert (counts == np.rint(counts)).all()
+    assert counts.min() >= 0
+    for size in (1, 5):
+        mine, libraries = sample(pipeline, requests, 5, size)
+        np.testing.assert_allclose(libraries, library_sizes, rtol=1e-4)
+        assert (mine != counts).mean() < 0.01  # a mean that is rounded otherwise may tip a draw
+    np.testing.assert_allclose(sample(pipeline, requests[4:], 9, 100)[1], library_sizes[4:], rtol=1e-4)
+    assert (sample(pipeline, requests, 50, 100)[1] != library_sizes).all()
 
 
 @pytest.mark.parametrize("fault", ["not finite", "without bounds"])
@@ -137,4 +142,4 @@ def test_a_run_that_gives_no_cells_is_refused(fault):
         bias = pipeline.denoiser.model.proj_out.bias
         bias.fill_(math.nan) if fault == "not finite" else bias.fill_(-500.0)  # flow goes against its velocity
     with pytest.raises(UserError, match="--model: it gives cells that are not finite"):
-        list(sample_cells(pipeline, [{}] * 2, SETTINGS | {"guidance_scale": 1.0}, 0, 8))
+        sample(pipeline, [{}] * 2, 0, 8, guidance_scale=1.0)

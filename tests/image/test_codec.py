@@ -162,14 +162,14 @@ def test_export_keeps_plain_scaling(tmp_path, scaling, shift, is_kept):
     from types import SimpleNamespace
 
     from utils.diffusion.objectives import training_scheduler
-    from utils.image import pipeline as export
+    from utils.image.pipeline import Exporter
 
     original = tiny_kl(scaling_factor=scaling, shift_factor=shift)
     original.save_pretrained(tmp_path)
     normalisation = Normalisation.of_vae(original.config, 4)
     fingerprint = {"vae": {"sha256": frozen.weights_hash(original)}}
     spec = SimpleNamespace(vae=str(tmp_path), text_encoder=None, shape=(4, 8, 8), fingerprint=fingerprint)
-    exported = export.load_frozen_parts(spec, normalisation, training_scheduler("epsilon")).vae
+    exported = Exporter.of_cache(spec, normalisation, training_scheduler("epsilon"), card=None).vae
     assert (exported.config.scaling_factor == scaling) == is_kept
     assert (frozen.weights_hash(exported) == frozen.weights_hash(original)) == is_kept
     raw, _ = codecs.encode(original, random_images())

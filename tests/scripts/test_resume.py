@@ -30,9 +30,9 @@ from tests.support.runs import LATEST, STEPS, assert_identical, trained
 from utils import files
 from utils.diffusion.objectives import Objective
 from utils.files import fsync_path, replace_durably, write_text
-from utils.image import pipeline
 from utils.image.pipeline import index_of
-from utils.runs.load import find_run
+from utils.runs import save
+from utils.runs.load import RunFolder
 from utils.training import checkpoints, ema
 from utils.training.checkpoints import prune
 from utils.training.ema import SNAPSHOTS
@@ -402,13 +402,13 @@ def test_killed_while_a_finished_run_is_exported_anew(common, tmp_path):
     script, _, flags = common["text unet"]
     flags = [*flags, "--output_dir", tmp_path, *LATEST]
     run(script, *flags, "--max_train_steps", 4)
-    assert find_run(tmp_path, "--model")[2] is None
+    assert RunFolder.find(tmp_path).checkpoint is None
     flags += ["--max_train_steps", 8]
-    for fault in (SignalAt(write_text, 1, within=pipeline), SignalAt(index_of, 1)):
+    for fault in (SignalAt(write_text, 1, within=save), SignalAt(index_of, 1)):
         assert start(script, *flags, fault=fault).wait_for_kill()
-        assert find_run(tmp_path, "--model")[2] == tmp_path / "checkpoint-8"
+        assert RunFolder.find(tmp_path).checkpoint == tmp_path / "checkpoint-8"
     run(script, *flags)
-    assert find_run(tmp_path, "--model")[2] is None
+    assert RunFolder.find(tmp_path).checkpoint is None
 
 
 def test_killed_while_a_checkpoint_is_deleted(tmp_path, monkeypatch):

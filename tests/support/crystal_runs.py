@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from utils.crystal.pipeline import load_crystal_run
+from utils.crystal.pipeline import load_run
+from utils.diffusion.guidance import Guidance
 
 VAE, CACHE, LDM = "train_crystal_vae.py", "precompute_latents.py", "train_crystal_ldm.py"
 LATEST = ["--resume_from_checkpoint", "latest"]
@@ -65,11 +66,12 @@ def rows_of_crystals() -> dict[str, list]:
     return rows
 
 
-def sampled(folder, values, **settings):
-    pipeline = load_crystal_run(folder)
+def sampled(folder, values, guidance_scale=1.0):
+    pipeline = load_run(folder)
     num_atoms = torch.tensor([5, 8])
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
-    latents = pipeline.latents(num_atoms, values, 3, generator=generators, **settings)
+    guidance = Guidance(guidance_scale, num_inference_steps=3)
+    latents = pipeline.latents(num_atoms, values, guidance, generator=generators)
     found = pipeline.decode(latents, num_atoms)
     assert [len(crystal.atomic_numbers) for crystal in found] == [5, 8]
     assert all(np.isfinite(crystal.frac_coords).all() and np.isfinite(crystal.lattice).all() for crystal in found)

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,10 +39,12 @@ def make_run(world, folder: Path, columns: dict[str, dict]) -> Path:
     from utils.diffusion.conditions import ConditionSum, NoCondition
     from utils.diffusion.denoiser import ConditionalDenoiser
     from utils.diffusion.sampling import SAMPLERS
-    from utils.expression.codec import load_expression_vae
-    from utils.expression.pipeline import ExpressionPipeline, export_run
+    from utils.expression.codec import SPLIT_FILE, load_expression_vae
+    from utils.expression.pipeline import Exporter
+    from utils.frozen import component_path
     from utils.latents.spec import Normalisation
     from utils.models.vector_mlp import VectorMLP
+    from utils.runs.save import ModelCard
 
     torch.manual_seed(0)
     vae = load_expression_vae(str(world.vae))
@@ -53,8 +54,10 @@ def make_run(world, folder: Path, columns: dict[str, dict]) -> Path:
     obs = world.adata.obs.iloc[rows_of(world, "train")]
     known = {name: obs[name].to_numpy(dtype=object if "names" in columns[name] else np.float64) for name in columns}
     normalisation = Normalisation.of_vae(vae.config, CHANNELS + 1)
-    pipeline = ExpressionPipeline(denoiser, SAMPLERS["flow_euler"](), vae, normalisation, known)
-    export_run(folder, denoiser, pipeline, SimpleNamespace(vae=str(world.vae)), "a run with random weights")
+    card = ModelCard("Random weights", data="nothing", settings="", base=None, use_ema=False, example="none")
+    split_file = Path(component_path(str(world.vae), "vae")) / SPLIT_FILE
+    exporter = Exporter(vae, normalisation, SAMPLERS["flow_euler"](), card, known, split_file=split_file)
+    exporter.write(folder, denoiser, 0)
     return folder
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils.crystal.pipeline import CrystalPipeline, export_run
+from utils.crystal.pipeline import CrystalPipeline, Exporter
 from utils.crystal.structure import Crystal
 from utils.crystal.vae.network import CrystalVAE
 from utils.diffusion.conditions import ConditionSum, NoCondition
@@ -15,6 +15,7 @@ from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.diffusion.sampling import SAMPLERS
 from utils.latents.spec import Normalisation
 from utils.models.dit import DiT
+from utils.runs.save import ModelCard
 
 MAX_ATOMS, CHANNELS, WIDTH = 8, 4, 16
 NUM_ITEMS = {2: 10, 4: 25, 5: 40, 8: 25}  # crystals of so many atoms
@@ -76,9 +77,16 @@ def make_pipeline(denoiser: ConditionalDenoiser, prediction_type: str = "flow", 
     return CrystalPipeline(denoiser, SAMPLERS[name](**scheduler), make_vae(), normalisation, dict(NUM_ITEMS))
 
 
+def export_run(folder: Path, denoiser: ConditionalDenoiser, pipeline: CrystalPipeline) -> None:
+    """A run that is finished, of a denoiser and all else of a pipeline."""
+    card = ModelCard("Random weights", data="nothing", settings="", base=None, use_ema=False, example="none")
+    parts = (pipeline.vae, pipeline.normalisation, pipeline.scheduler)
+    Exporter(*parts, card, pipeline.num_items).write(folder, denoiser, 0)
+
+
 def make_run(folder: Path, columns: dict[str, dict], prediction_type: str = "flow", seed: int = 1) -> Path:
     denoiser = make_denoiser(columns, seed)
-    export_run(folder, denoiser, make_pipeline(denoiser, prediction_type), "a run with random weights")
+    export_run(folder, denoiser, make_pipeline(denoiser, prediction_type))
     return folder
 
 

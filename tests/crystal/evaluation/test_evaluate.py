@@ -14,9 +14,10 @@ import torch
 import evaluate as script
 from tests.support.data import DATA
 from tests.support.processes import refused, run
+from tests.support.random_crystal_runs import export_run
 from utils.crystal.data.table import load_crystals
 from utils.crystal.files import save_crystals
-from utils.crystal.pipeline import CrystalPipeline, export_run
+from utils.crystal.pipeline import CrystalPipeline
 from utils.crystal.structure import Crystal, formula_of, volume
 from utils.errors import UserError
 
@@ -89,7 +90,7 @@ def make_run(folder: Path, columns: dict[str, dict], max_atoms: int = 5) -> Path
     scheduler = SAMPLERS["flow_euler"]()
     normalisation = Normalisation((0.0,) * 4, (1.0,) * 4)
     pipeline = CrystalPipeline(denoiser, scheduler, vae.eval(), normalisation, {max_atoms: 1})
-    export_run(folder, denoiser, pipeline, "a run with random weights")
+    export_run(folder, denoiser, pipeline)
     return folder
 
 

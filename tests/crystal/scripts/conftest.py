@@ -14,9 +14,9 @@ import sample as script
 from tests.support.crystal_runs import CACHE, CONDITIONS, LDM, MAX_ATOMS, TRAIN_LDM, TRAIN_VAE, VAE, rows_of_crystals
 from tests.support.models import DIT_CONFIG
 from tests.support.processes import run
-from tests.support.random_crystal_runs import GAP, make_denoiser, make_pipeline, words
+from tests.support.random_crystal_runs import GAP, export_run, make_denoiser, make_pipeline, words
 from utils.crystal.files import read_samples
-from utils.crystal.pipeline import export_run, load_crystal_run
+from utils.crystal.pipeline import load_run
 from utils.crystal.structure import Crystal
 from utils.training import lora
 
@@ -99,11 +99,11 @@ def sample(runs, tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def tuned(runs) -> Path:
     """`plain` with adapters and a condition."""
-    base, denoiser = load_crystal_run(runs / "plain").denoiser, make_denoiser(GAP)
+    base, denoiser = load_run(runs / "plain").denoiser, make_denoiser(GAP)
     new_modules = lora.start_from(denoiser, base, "--lora")
     lora.add_lora(denoiser, 2, new_modules=new_modules, base="plain")
     for name, parameter in denoiser.named_parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
-    export_run(runs / "tuned", denoiser, make_pipeline(denoiser), "")
+    export_run(runs / "tuned", denoiser, make_pipeline(denoiser))
     return runs / "tuned"

@@ -37,9 +37,10 @@ from tests.support.processes import (
 )
 from utils.crystal.cache import SetCache
 from utils.crystal.data.table import load_crystals
-from utils.crystal.pipeline import load_crystal_run
-from utils.crystal.precompute import build_crystal_cache
+from utils.crystal.pipeline import load_run
+from utils.crystal.precompute import build_cache
 from utils.crystal.validation import CrystalSamples
+from utils.diffusion.guidance import Guidance
 from utils.draws import SampleDraws, StreamOrder, uniform_draws
 from utils.files import fsync_path
 from utils.models.dit import DiT
@@ -64,7 +65,7 @@ def test_a_conditional_run(conditional, caches):
     assert 0 <= scalars(folder, "validation/structurally_valid")[8] <= 1
     assert (folder / "samples" / "step-0000008.png").is_file()
     for each in (folder, folder / "best", folder / "checkpoint-4"):
-        pipeline = load_crystal_run(each)
+        pipeline = load_run(each)
         assert list(pipeline.columns) == ["band_gap", "composition", "spacegroup"]
         assert pipeline.num_items == {2: 15, 5: 14, 8: 15}
     values = {"band_gap": torch.tensor([1.0, 2.0]), "spacegroup": torch.tensor([0, 1])}
@@ -76,7 +77,7 @@ def test_a_conditional_run(conditional, caches):
 def test_the_exported_weights_are_the_average(conditional):
     folder, _ = conditional
     average = load_file(folder / "checkpoint-8" / "ema.safetensors")
-    exported = load_crystal_run(folder).denoiser.state_dict()
+    exported = load_run(folder).denoiser.state_dict()
     for name, tensor in average.items():
         assert torch.equal(exported[name], tensor), name
 
@@ -90,10 +91,10 @@ def test_an_unconditional_run(ldm_flags, tmp_path, kind):
     flags = [*ldm_flags, "--max_train_steps", 2, "--eval_steps", 1, "--num_validation_samples", 6, *extra]
     log = run(LDM, *flags, "--prediction_type", kind, "--output_dir", tmp_path / "run").stderr
     assert f"{NUM_TRAIN - 6} samples in the data" in log
-    assert not load_crystal_run(tmp_path / "run").columns
+    assert not load_run(tmp_path / "run").columns
     sampled(tmp_path / "run", {})
     if kind == "epsilon":
-        load_crystal_run(tmp_path / "run", ema_sigma_rel=0.1)
+        load_run(tmp_path / "run", ema_sigma_rel=0.1)
 
 
 def test_flow_trains_and_samples(unconditional):
@@ -152,7 +153,7 @@ def test_early_stopping(ldm_flags, caches, tmp_path):
     assert list(scalars(tmp_path / "run", "train/loss")) == list(range(1, 7))
     assert (tmp_path / "run" / "checkpoint-6").is_dir()
     for folder in (tmp_path / "run", tmp_path / "run" / "best"):
-        load_crystal_run(folder)
+        load_run(folder)
     before = contents(tmp_path / "run" / "transformer")
     again = run(LDM, *flags, *LATEST).stderr  # the end stays the end
     assert list(scalars(tmp_path / "run", "train/loss")) == list(range(1, 7)), again
@@ -216,7 +217,7 @@ def test_adapters_of_an_unconditional_run_learn_a_condition(ldm_flags, unconditi
     run(LDM, *flags, "--eval_steps", 4, "--num_validation_samples", 6, "--output_dir", tmp_path / "run")
     assert snapshot(unconditional) == before
     weights = checkpoint_tensors(tmp_path / "run", 8)
-    base = load_crystal_run(unconditional).denoiser.model.state_dict()
+    base = load_run(unconditional).denoiser.model.state_dict()
     frozen = {name.removeprefix("model.safetensors/model."): tensor for name, tensor in weights.items()
               if name.startswith("model.safetensors/model.") and "lora_" not in name and "pooled" not in name}  # fmt: skip
     assert len(frozen) == len(base)
@@ -227,14 +228,15 @@ def test_adapters_of_an_unconditional_run_learn_a_condition(ldm_flags, unconditi
     assert len(up) >= 10
     assert all(tensor.any() for tensor in up)
     for folder in (tmp_path / "run", tmp_path / "run" / "best", tmp_path / "run" / "checkpoint-4"):
-        assert not is_adapted(load_crystal_run(folder).denoiser.model)
+        assert not is_adapted(load_run(folder).denoiser.model)
     values = {"band_gap": torch.tensor([0.5, 3.0])}
     tuned = sampled(tmp_path / "run", values, guidance_scale=2.0)
     assert not torch.equal(tuned, sampled(tmp_path / "run", {}))
-    pipeline = load_crystal_run(unconditional, lora_dir=str(tmp_path / "run" / "lora"))
+    pipeline = load_run(unconditional, lora_dir=str(tmp_path / "run" / "lora"))
     assert list(pipeline.columns) == ["band_gap"]
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
-    again = pipeline.latents(torch.tensor([5, 8]), values, 3, 2.0, generator=generators)
+    guidance = Guidance(2.0, num_inference_steps=3)
+    again = pipeline.latents(torch.tensor([5, 8]), values, guidance, generator=generators)
     # the exported weights are averaged after merging, the adapters before: close, not equal
     assert (again - tuned).abs().max() < 0.1 * tuned.abs().max()
 
@@ -243,7 +245,7 @@ def test_full_fine_tuning_starts_from_the_run(ldm_flags, conditional, tmp_path):
     folder, _ = conditional
     flags = [*ldm_flags[:-2], *CONDITIONS, BASE, folder, "--learning_rate", 1e-9, "--adam_weight_decay", 0]
     run(LDM, *flags, "--max_train_steps", 2, "--output_dir", tmp_path / "run")
-    first, last = (load_crystal_run(each).denoiser.state_dict() for each in (folder, tmp_path / "run"))
+    first, last = (load_run(each).denoiser.state_dict() for each in (folder, tmp_path / "run"))
     assert first.keys() == last.keys()
     for name, tensor in last.items():
         torch.testing.assert_close(tensor, first[name], rtol=0, atol=1e-6)
@@ -279,7 +281,7 @@ def test_a_conditional_run_is_fine_tuned_on_other_data(ldm_flags, caches, condit
         message = refused(run(LDM, *flags, "--condition", *asked, check=False))
         assert "was trained with band_gap (property), composition (composition), spacegroup (class)" in message
     run(LDM, *flags, *CONDITIONS)
-    first, last = (load_crystal_run(each) for each in (folder, tmp_path / "run"))
+    first, last = (load_run(each) for each in (folder, tmp_path / "run"))
     assert last.columns == first.columns
     ours, theirs = last.denoiser.state_dict(), first.denoiser.state_dict()
     for name, tensor in ours.items():
@@ -375,7 +377,7 @@ def test_a_run_of_other_latents_is_no_start(dataset, vae_run, ldm_flags, uncondi
     """Of another autoencoder of crystals, or of images."""
     flags = [*ldm_flags[:-2], "--output_dir", tmp_path / "run", BASE]
     args = cache_args(dataset, other_vae(vae_run, tmp_path / "other"))
-    build_crystal_cache(args, Accelerator(cpu=True), tmp_path / "cache")
+    build_cache(args, Accelerator(cpu=True), tmp_path / "cache")
     message = refused(run(LDM, *flags, unconditional, "--latents_dir", tmp_path / "cache", check=False))
     assert f"{BASE}: {unconditional} knows latents of another VAE" in message
     images = tmp_path / "images"
@@ -392,7 +394,7 @@ def test_an_autoencoder_that_changed_is_noticed(dataset, vae_run, ldm_flags, tmp
     """Where its folder holds other weights, or is gone; training says so before it writes anything."""
     shutil.copytree(vae_run / "vae", tmp_path / "own" / "vae")
     args = cache_args(dataset, tmp_path / "own")
-    build_crystal_cache(args, Accelerator(cpu=True), tmp_path / "cache")
+    build_cache(args, Accelerator(cpu=True), tmp_path / "cache")
     flags = [*ldm_flags, "--latents_dir", tmp_path / "cache", "--output_dir", tmp_path / "run"]
     shutil.rmtree(tmp_path / "own")
     other_vae(vae_run, tmp_path / "own")

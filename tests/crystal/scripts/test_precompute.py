@@ -19,7 +19,7 @@ from tests.support.processes import SignalAt, contents, refused, run, snapshot, 
 from utils.crystal.cache import SetCache, describe_condition
 from utils.crystal.codec import load_crystal_vae
 from utils.crystal.data.table import load_crystals
-from utils.crystal.precompute import build_crystal_cache, encode_rows
+from utils.crystal.precompute import build_cache, encode_rows
 from utils.draws import SampleDraws
 from utils.errors import UserError
 from utils.latents.spec import LatentSpec
@@ -75,7 +75,7 @@ def test_the_cache_holds_what_the_autoencoder_gives(caches, dataset, vae_run):
 def small_cache(dataset, vae_run, tmp_path_factory):
     """Of ten crystals that are not moved."""
     folder = tmp_path_factory.mktemp("small") / "cache"
-    build_crystal_cache(cache_args(dataset, vae_run), Accelerator(cpu=True), folder)
+    build_cache(cache_args(dataset, vae_run), Accelerator(cpu=True), folder)
     return folder
 
 
@@ -101,9 +101,9 @@ def test_a_finished_cache_with_other_flags_is_refused(small_cache, dataset, vae_
         settings = {"pretrained_vae_model_name_or_path": str(other_vae(vae_run, tmp_path / "other"))}
     args, before = cache_args(dataset, vae_run, **settings), snapshot(small_cache)
     with pytest.raises(UserError, match=f"was made with {key}"):
-        build_crystal_cache(args, Accelerator(cpu=True), small_cache)
+        build_cache(args, Accelerator(cpu=True), small_cache)
     assert snapshot(small_cache) == before
-    identity = build_crystal_cache(args, Accelerator(cpu=True), tmp_path / "cache").identity()
+    identity = build_cache(args, Accelerator(cpu=True), tmp_path / "cache").identity()
     assert identity != LatentSpec.read(small_cache).identity()
 
 
@@ -111,14 +111,12 @@ def test_a_finished_cache_is_found(small_cache, dataset, vae_run, tmp_path):
     """By the same weights under another path; and a cache begun with the data changed under it is another one."""
     shutil.copytree(vae_run, tmp_path / "moved")
     args = cache_args(dataset, tmp_path / "moved")
-    spec = build_crystal_cache(args, Accelerator(cpu=True), small_cache)
+    spec = build_cache(args, Accelerator(cpu=True), small_cache)
     assert spec.identity() == LatentSpec.read(small_cache).identity()
     rows = pq.read_table(dataset).to_pydict()
     rows["band_gap"][1] += 0.5
     pq.write_table(pa.table(rows), tmp_path / "changed.parquet")
-    changed = build_crystal_cache(
-        cache_args(tmp_path / "changed.parquet", vae_run), Accelerator(cpu=True), tmp_path / "cache"
-    )
+    changed = build_cache(cache_args(tmp_path / "changed.parquet", vae_run), Accelerator(cpu=True), tmp_path / "cache")
     assert changed.fingerprint["dataset"]["sha256"] != spec.fingerprint["dataset"]["sha256"]
 
 

@@ -21,6 +21,7 @@ from tests.support.random_crystal_runs import (
     assert_same,
     differ,
     elements,
+    export_run,
     make_denoiser,
     make_pipeline,
     make_run,
@@ -31,7 +32,7 @@ from tests.support.random_crystal_runs import (
 from utils.args.sampling import SCHEDULERS
 from utils.crystal.data.table import load_crystals
 from utils.crystal.files import read_samples
-from utils.crystal.pipeline import export_run, load_crystal_run
+from utils.crystal.pipeline import load_run
 from utils.crystal.sampler import numbers_of_atoms
 from utils.crystal.structure import Crystal, parse_formula
 from utils.diffusion.sampling import FLOW_SAMPLERS, SAMPLERS
@@ -162,7 +163,7 @@ def test_clamping_hands_out_the_atoms_and_moves_none(sample):
 
 
 def test_numbers_of_atoms_belong_to_the_seed(runs, sample):
-    pipeline = load_crystal_run(runs / "plain")
+    pipeline = load_run(runs / "plain")
     drawn = numbers_of_atoms(pipeline, [{}] * 20, None, 5)
     assert drawn[8:].tolist() == numbers_of_atoms(pipeline, [{}] * 12, None, 13).tolist()
     assert len(set(drawn.tolist())) > 1
@@ -210,16 +211,16 @@ def test_samplers_of_the_right_family(sample, scheduler):
 @pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name not in FLOW_SAMPLERS])
 def test_a_learned_variance(sample, runs, scheduler):
     """Only DDPM uses it: of any other sampler the samples are those of a model without. Without guidance and with it."""
-    assert load_crystal_run(runs / "variance").learns_variance
+    assert load_run(runs / "variance").learns_variance
     flags = {"scheduler": scheduler, "property": "band_gap=3", "num_samples": 2}
-    denoiser = load_crystal_run(runs / "variance").denoiser
+    denoiser = load_run(runs / "variance").denoiser
     plain = make_denoiser(GAP)
     fitting = plain.state_dict()
     for name, tensor in denoiser.state_dict().items():  # the prediction comes first in the last layer
         fitting[name] = tensor[: len(fitting[name])]
     plain.load_state_dict(fitting)
     if not (runs / "fixed").exists():
-        export_run(runs / "fixed", plain, make_pipeline(plain, "epsilon"), "")
+        export_run(runs / "fixed", plain, make_pipeline(plain, "epsilon"))
     for guidance_scale in (1, 2):
         learned = sample("variance", guidance_scale=guidance_scale, **flags)
         fixed = sample("fixed", guidance_scale=guidance_scale, **flags)
@@ -281,7 +282,7 @@ def test_an_average_made_of_snapshots(sample, runs):
     found = sample("averaged", num_samples=2, ema_sigma_rel=0.1)
     make_run(runs / "expected", {})
     model.load_state_dict(model.state_dict() | ema.shadows[2])
-    export_run(runs / "expected", model, make_pipeline(model), "")
+    export_run(runs / "expected", model, make_pipeline(model))
     expected = sample("expected", num_samples=2)
     for one, other in zip(found, expected, strict=True):  # snapshots are float16
         np.testing.assert_allclose(one.lattice, other.lattice, atol=0.1)
@@ -307,7 +308,7 @@ def test_a_damaged_run_is_sampled(sample, runs, capsys):
     with torch.no_grad():
         for parameter in denoiser.parameters():
             parameter.fill_(float("nan"))
-    export_run(runs / "damaged", denoiser, make_pipeline(denoiser), "")
+    export_run(runs / "damaged", denoiser, make_pipeline(denoiser))
     crystals = sample("damaged", num_samples=3)
     assert len(crystals) == 3
     assert not any(np.isfinite(each.lattice).any() for each in crystals)

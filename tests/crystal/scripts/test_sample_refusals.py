@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from tests.support.random_crystal_runs import COLUMNS, GAP, SYSTEM, make_denoiser, make_run, sizes
-from utils.crystal.pipeline import export_run, load_crystal_run
+from tests.support.random_crystal_runs import COLUMNS, GAP, SYSTEM, export_run, make_denoiser, make_run, sizes
+from utils.crystal.pipeline import load_run
 from utils.errors import UserError
 
 for package in ("pymatgen", "spglib"):
@@ -114,9 +114,9 @@ def test_a_system_has_room_for_its_elements(sample, runs):
 def test_wrong_guides(sample, runs, tmp_path, model, guide, expected):
     if guide == "other":
         denoiser = make_denoiser(GAP, seed=5, learned_variance=True)
-        pipeline = load_crystal_run(runs / "variance")
+        pipeline = load_run(runs / "variance")
         pipeline.denoiser = denoiser
-        export_run(runs / "other", denoiser, pipeline, "")
+        export_run(runs / "other", denoiser, pipeline)
     with pytest.raises(UserError, match=f"--guide_model: .*({expected})"):
         sample(model, guide_model=runs / guide)
     assert list(tmp_path.iterdir()) == []

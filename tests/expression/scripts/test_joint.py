@@ -33,7 +33,7 @@ from utils.expression.cache import JointCache, VectorCache, encode_jointly
 from utils.expression.codec import load_expression_vae
 from utils.expression.data.h5ad import write_h5ad
 from utils.expression.data.source import open_cells
-from utils.expression.pipeline import load_expression_run
+from utils.expression.pipeline import load_run
 from utils.latents.spec import LatentSpec
 from utils.models.vector_mlp import VectorMLP
 from utils.training.setup import announce
@@ -85,7 +85,7 @@ def test_a_joint_run(joint, vae_run, caches, data):
     mean = vae.encode(torch.from_numpy(table.dense(slice(None))), torch.from_numpy(table.library_sizes)).mean
     np.testing.assert_allclose(vae.config.latents_mean[:-1], mean.double().mean(dim=0), rtol=1e-4, atol=1e-5)
     assert not np.allclose(vae.config.latents_mean[:-1], trained_in["mean"][:-1], rtol=1e-3)
-    pipelines = [load_expression_run(each) for each in (folder, folder / "checkpoint-8", folder / "checkpoint-4")]
+    pipelines = [load_run(each) for each in (folder, folder / "checkpoint-8", folder / "checkpoint-4")]
     assert [list(each.normalisation.mean) for each in pipelines] == [trained_in["mean"]] * 3
     states = [each.vae.state_dict() for each in pipelines]
     assert differing(states[0], states[1]) == []

@@ -11,7 +11,7 @@ from tests.support.expression_runs import BASE, CONDITIONS, GENES, LATEST, LDM, 
 from tests.support.processes import checkpoint_tensors, contents, differing, refused, run, scalars, snapshot
 from utils.draws import SampleDraws, StreamOrder
 from utils.expression.cache import VectorCache
-from utils.expression.pipeline import load_columns, load_expression_run
+from utils.expression.pipeline import load_columns, load_run
 from utils.models.dit import DiT
 from utils.models.vector_mlp import VectorMLP
 from utils.training.lora import is_adapted
@@ -34,12 +34,12 @@ def test_a_conditional_run(conditional, caches):
     assert scalars(folder, "validation/latent_distance")[8] > 0
     assert (folder / "samples" / "step-0000008.png").is_file()
     average = load_file(folder / "checkpoint-8" / "ema.safetensors")
-    exported = load_expression_run(folder).denoiser.state_dict()
+    exported = load_run(folder).denoiser.state_dict()
     assert all(torch.equal(exported[name], tensor) for name, tensor in average.items())
     columns = load_columns(folder / "training_columns.parquet")
     assert Counter(columns["cell_type"]) == Counter(VectorCache(caches["train"]).column("cell_type", "class"))
     for each in (folder, folder / "best", folder / "checkpoint-4"):
-        pipeline = load_expression_run(each)
+        pipeline = load_run(each)
         assert list(pipeline.columns) == ["age", "cell_type"]
         assert len(pipeline.columns["cell_type"]["names"]) == 10
     assert (folder / "vae" / "cells.parquet").is_file()
@@ -70,7 +70,7 @@ def test_other_objectives(ldm_flags, models, tmp_path, kind, sample):
     flags = [*ldm_flags, "--max_train_steps", 2, "--eval_steps", 1, "--num_validation_samples", 6, *extra]
     log = run(LDM, *flags, "--prediction_type", kind, "--output_dir", tmp_path / "run").stderr
     assert f"{NUM_TRAIN - 6} samples in the data" in log
-    pipeline = load_expression_run(tmp_path / "run")
+    pipeline = load_run(tmp_path / "run")
     assert not pipeline.columns
     assert isinstance(pipeline.denoiser.model, DiT if kind == "epsilon" else VectorMLP)
     cells = sample(tmp_path / "run", "--num_samples", 5, "--mixed_precision", "bf16" if kind == "epsilon" else "no")
@@ -108,7 +108,7 @@ def test_adapters_of_an_unconditional_run_learn_a_condition(sample, ldm_flags, u
     run(LDM, *flags, "--output_dir", tmp_path / "run")
     assert snapshot(unconditional) == before
     weights = checkpoint_tensors(tmp_path / "run", 8)
-    base = load_expression_run(unconditional).denoiser.model.state_dict()
+    base = load_run(unconditional).denoiser.model.state_dict()
     frozen = {name.removeprefix("model.safetensors/model."): tensor for name, tensor in weights.items()
               if name.startswith("model.safetensors/model.") and "lora_" not in name and "pooled" not in name}  # fmt: skip
     assert len(frozen) == len(base)
@@ -119,7 +119,7 @@ def test_adapters_of_an_unconditional_run_learn_a_condition(sample, ldm_flags, u
     assert len(up) == 6  # three of each of two blocks
     assert all(tensor.any() for tensor in up)
     for folder in (tmp_path / "run", tmp_path / "run" / "best", tmp_path / "run" / "checkpoint-4"):
-        assert not is_adapted(load_expression_run(folder).denoiser.model)
+        assert not is_adapted(load_run(folder).denoiser.model)
     asked = ["--class_label", "CD34+", "--num_samples", 4]
     tuned = sample(tmp_path / "run", *asked).obs["library_size"]
     merged = sample(unconditional, *asked, "--lora", tmp_path / "run" / "lora").obs["library_size"]
@@ -137,7 +137,7 @@ def test_full_fine_tuning_starts_from_the_run(ldm_flags, caches, conditional, tm
     message = refused(run(LDM, *flags, "--condition", "class:donor", "--output_dir", tmp_path / "run", check=False))
     assert "was trained with age (property), cell_type (class); ask for the same" in message
     run(LDM, *flags, *CONDITIONS, "--output_dir", tmp_path / "run")
-    first, last = (load_expression_run(each) for each in (conditional[0], tmp_path / "run"))
+    first, last = (load_run(each) for each in (conditional[0], tmp_path / "run"))
     assert last.columns == first.columns
     theirs = first.denoiser.state_dict()
     for name, tensor in last.denoiser.state_dict().items():

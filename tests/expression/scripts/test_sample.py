@@ -9,7 +9,7 @@ from scipy.stats import chisquare
 from tests.support.expression_runs import GENES, LDM, NUM_TRAIN, SAMPLE, TRAIN_LDM, split_of
 from tests.support.processes import refused, run
 from utils.expression.data.source import open_cells
-from utils.expression.pipeline import load_columns, load_expression_run
+from utils.expression.pipeline import load_columns, load_run
 
 anndata = pytest.importorskip("anndata")
 sc = pytest.importorskip("scanpy")
@@ -120,7 +120,7 @@ def test_columns_that_have_names_of_ours(sample, ldm_flags, tmp_path):
 
 def test_cells_of_a_batch(sample, joint_batched, batched, data):
     """The decoder is told the batch that is asked for; without, those of the training cells."""
-    pipeline = load_expression_run(joint_batched / "one")
+    pipeline = load_run(joint_batched / "one")
     assert pipeline.vae.config.batch_names == ["D1", "D2", "D3"]
     found = sample(joint_batched / "one", "--class_label", "D1", "D3", "--num_samples", 4)
     assert found.obs["donor"].tolist() == ["D1"] * 4 + ["D3"] * 4

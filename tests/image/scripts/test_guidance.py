@@ -24,8 +24,7 @@ from tests.support.processes import Fault, refused, run, snapshot
 from utils.diffusion.conditions import ClassCondition, TextCondition, encode_text
 from utils.diffusion.sampling import SAMPLERS, sampling_scheduler
 from utils.errors import UserError
-from utils.image import sampler as requests
-from utils.image.pipeline import load_run
+from utils.image.pipeline import load_guide, load_run
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +292,7 @@ def test_guides_that_do_not_fit_are_refused(text_run, class_run, tmp_path, name)
     runs = SimpleNamespace(text_run=text_run, class_run=class_run)
     guide = make(runs, tmp_path / "guide")
     with pytest.raises(UserError, match=f"^--guide_model: .*{expected}") as error:
-        requests.load_guide(str(guide), load_run(getattr(runs, which)))
+        load_guide(str(guide), load_run(getattr(runs, which)))
     assert "\n" not in str(error.value)
 
 
@@ -301,7 +300,7 @@ def test_guides_that_do_not_fit_are_refused(text_run, class_run, tmp_path, name)
 def test_a_guide_may_have_other_weights(text_run, class_run, tmp_path, part):
     """The copies above are refused for the fault that they have, and not for being copies."""
     source = text_run if part == "unet" else class_run
-    requests.load_guide(str(reweighted(source, tmp_path / "guide", part)), load_run(source))
+    load_guide(str(reweighted(source, tmp_path / "guide", part)), load_run(source))
 
 
 # sample.py
