@@ -93,12 +93,13 @@ def write_cache(
             parts = []
             for start in range(0, len(rows), args.encode_batch_size):
                 some = rows[start : start + args.encode_batch_size]
-                parts.append(encode_rows(vae, table, some, args.num_translations, args.seed, sums))
+                parts.append(encode_rows(vae, table, some, args.num_translations, args.seed, sums=sums))
                 progress.update(len(some))
             moved = np.concatenate(parts, axis=1)  # (translations, rows, 2, N, D)
             columns |= dict(zip(spec.variants(), moved, strict=True))
             shards.write(index, columns, {})
-    finish_cache(cache_dir, shards, spec, table.skipped, Normalisation.of_vae(vae.config, channels), sums)
+    of_vae = Normalisation.of_vae(vae.config, channels)
+    finish_cache(cache_dir, shards, spec, table.skipped, of_vae=of_vae, sums=sums)
 
 
 def set_features(spec: LatentSpec) -> datasets.Features:

@@ -34,7 +34,9 @@ def build_cache(args: Namespace, accelerator: Accelerator, cache_dir: Path) -> L
     rows = rows_of_split(source, args.pretrained_vae_model_name_or_path, args.split, "--split")
     config = vae.config
     with TemporaryDirectory() as folder:  # for more cells than memory: the files stay mapped when they have no name
-        table = read_table(source, rows, config.genes, config.library, Path(folder), args.max_skipped_fraction)
+        table = read_table(
+            source, rows, config.genes, config.library, Path(folder), max_skipped_fraction=args.max_skipped_fraction
+        )
     return build_from(args, accelerator, cache_dir, vae, table)
 
 
@@ -100,7 +102,8 @@ def write_cache(
             columns |= {"library_size": table.library_sizes[rows], "latents": np.concatenate(moments)}
             columns |= {f"column.{name}": values[rows] for name, values in table.obs.items()}
             shards.write(index, columns, {})
-    finish_cache(cache_dir, shards, spec, table.skipped, Normalisation.of_vae(vae.config, dimensions), sums)
+    of_vae = Normalisation.of_vae(vae.config, dimensions)
+    finish_cache(cache_dir, shards, spec, table.skipped, of_vae=of_vae, sums=sums)
 
 
 def vector_features(spec: LatentSpec) -> datasets.Features:
