@@ -137,6 +137,8 @@ def denoise(
         model_input = latents
         if hasattr(scheduler, "scale_model_input"):
             model_input = scheduler.scale_model_input(latents, timestep)
-        model_pred = guided_prediction(predict, model_input, timestep, scale, guidance.rescale, predict_weaker)
+        model_pred = guided_prediction(
+            predict, model_input, timestep, scale, guidance.rescale, predict_weaker=predict_weaker
+        )
         latents = scheduler.step(model_pred, timestep, latents, return_dict=False, **extra)[0]
     return latents

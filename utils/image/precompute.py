@@ -130,7 +130,15 @@ def build_latent_cache(
         captions = write_captions(args, accelerator, cache_dir, latents, encoders)
         accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        finish_cache(args, cache_dir, latents, captions, source.columns, encoders, fingerprint)
+        finish_cache(
+            args,
+            cache_dir,
+            latents,
+            captions,
+            columns=source.columns,
+            encoders=encoders,
+            fingerprint=fingerprint,
+        )
     accelerator.wait_for_everyone()
     return LatentSpec.read(cache_dir)
 

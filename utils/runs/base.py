@@ -33,8 +33,14 @@ def fine_tuned(args: Namespace, denoiser: ConditionalDenoiser, base: Conditional
     """A new denoiser with the weights of `base`, and with --lora_rank adapters beside them."""
     new_modules = start_from(denoiser, base, BASE_FLAG)
     if args.lora_rank:
-        source = args.pretrained_model_name_or_path
-        add_lora(denoiser, args.lora_rank, args.lora_alpha, args.lora_target_modules, new_modules, source)
+        add_lora(
+            denoiser,
+            args.lora_rank,
+            alpha=args.lora_alpha,
+            targets=args.lora_target_modules,
+            new_modules=new_modules,
+            base=args.pretrained_model_name_or_path,
+        )
     return denoiser
 
 
