@@ -24,6 +24,7 @@ def sources(paths: list[Path]) -> dict[str, str]:
 UTILS = sources(sorted(ROOT.glob("utils/**/*.py")))
 PACKAGES = {module_name(path) for path in ROOT.glob("utils/**/__init__.py")}
 SCRIPT_SOURCES, TOOL_SOURCES = sources(SCRIPTS), sources(TOOLS)
+TESTS = sources(sorted(ROOT.glob("tests/*/**/*.py")))
 
 
 def imported_names(source: str, module: str, is_package: bool = False, only_on_import: bool = False) -> Iterator[str]:

@@ -30,7 +30,7 @@ SAMPLERS: dict[str, type[SchedulerMixin]] = {
     "flow_heun": FlowMatchHeunDiscreteScheduler,
 }
 FLOW_SAMPLERS = ("flow_euler", "flow_heun")
-# 1% of the noise, as 30 steps of DDIM leave: it moves the mean by 0.03 standard deviations (tests/test_gaussian.py).
+# 1% of the noise, as 30 steps of DDIM leave: it moves the mean by 0.03 standard deviations (see test_gaussian.py).
 MAX_TIMESTEPS_LEFT = 10
 
 
