@@ -1,18 +1,14 @@
-"""Figures of cells against brute force, scikit-learn and SciPy; then faults that they must show, planted in counts whose
-law is known; and a control of real cells, which must show none.
-"""
+"""Figures of cells whose law is known: against scipy, numpy and brute force, and with planted faults."""
 
 import itertools
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from tests.support.data import DATA
+from tests.support.typed_cells import KINDS, all_figures, control, control_figures, draw, pbmc, real, relabelled
 from utils.errors import UserError
-from utils.evaluation.figures import Figure
-from utils.expression.evaluation import markers as metrics_markers
 from utils.expression.evaluation import metrics as metrics_expression
 from utils.expression.evaluation.judge import Classifier, train_on_synthetic_test_on_real
 from utils.expression.evaluation.markers import marker_figures
@@ -24,162 +20,7 @@ from utils.expression.evaluation.metrics import (
     random_forest_figures,
     total_least_squares_slope,
 )
-from utils.expression.evaluation.real import Cells, equal_numbers, per_type, pooled_space, principal_components
-
-KINDS = ("B", "CD14+", "NK", "T")
-NUM_GENES, MARKERS = 240, 24  # genes, and those of them that each type has six times as much of
-
-
-# ---- cells whose law is known
-
-
-def shares(strength: float = 1.0) -> dict[str, np.ndarray]:
-    """type -> share of each gene in its counts; `strength` 0 takes the types apart no more."""
-    base = np.random.default_rng(7).lognormal(0, 1.5, NUM_GENES)
-    found = {}
-    for i, kind in enumerate(KINDS):
-        raised = base.copy()
-        raised[i * MARKERS : (i + 1) * MARKERS] *= 6**strength
-        found[kind] = raised / raised.sum()
-    return found
-
-
-def draw(seed: int, of_each: int = 60, strength: float = 1.0, noise: bool = True) -> Cells:
-    """Cells of every type: negative binomial counts, or their means rounded where there is no `noise`."""
-    generator = np.random.default_rng(seed)
-    labels = np.repeat(np.array(KINDS, dtype=object), of_each)
-    depths = generator.lognormal(6, 0.3, len(labels))
-    means = np.stack([shares(strength)[kind] for kind in labels]) * depths[:, None]
-    counts = generator.poisson(means * generator.gamma(2.0, 0.5, means.shape)) if noise else np.round(means)
-    counts = counts.astype(np.float32)
-    return Cells(counts, counts.sum(axis=1), labels)
-
-
-@cache
-def real() -> Cells:
-    return draw(0)
-
-
-@cache
-def control() -> Cells:
-    return draw(1)
-
-
-@cache
-def pbmc() -> tuple[Cells, Cells, Cells]:
-    """Training, held-out and control cells: a fifth held out at random, the control drawn from the training cells with
-    the held-out ones' types; 2,000 genes whose variance is large for their mean, chosen on the training cells."""
-    path = DATA / "cells" / "pbmc_facs.h5ad"
-    if not path.exists():
-        pytest.skip(f"no {path}")
-    table = pytest.importorskip("anndata").read_h5ad(path)
-    generator = np.random.default_rng(0)
-    labels = table.obs["cell_type"].astype(str).to_numpy(dtype=object)
-    order = generator.permutation(len(labels))
-    test, train = np.split(order, [len(order) // 5])
-    among, means = table.X[train], np.asarray(table.X[train].mean(axis=0)).ravel()
-    variances = np.asarray(among.multiply(among).mean(axis=0)).ravel() - means**2
-    genes = np.argsort(-variances / (means + means**2 / 100 + 1e-3))[:2000]
-    library_sizes = np.asarray(table.X.sum(axis=1)).ravel()
-    cells = Cells(table.X[:, genes].toarray(), library_sizes, labels)
-    chosen = [
-        generator.choice(train[labels[train] == kind], (labels[test] == kind).sum(), replace=False)
-        for kind in sorted(set(labels))
-    ]
-    return cells.take(train), cells.take(test), cells.take(np.concatenate(chosen))
-
-
-def relabelled(cells: Cells, labels: np.ndarray) -> Cells:
-    return Cells(cells.counts, cells.library_sizes, labels)
-
-
-def all_figures(of_real: Cells, generated: Cells) -> dict[str, Figure]:
-    """Those of two sets, each function once."""
-    return (
-        random_forest_figures(of_real, generated, 0)
-        | distance_figures(of_real, generated, 0)
-        | gene_figures(of_real, generated)
-        | lisi_figure(of_real, generated)
-        | marker_figures(of_real, generated)
-    )
-
-
-@cache
-def control_figures() -> dict[str, Figure]:
-    return all_figures(real(), control())
-
-
-# ---- cells
-
-
-def test_log_normalised_values_and_empty_cells() -> None:
-    counts = np.array([[1, 0, 3], [2, 2, 0], [0, 0, 0]], dtype=np.float32)
-    cells = Cells(counts, np.array([8, 4, 0]))  # integers, and a library that has more than the chosen genes
-    expected = [[np.log1p(1250), 0, np.log1p(3750)], [np.log1p(5000)] * 2 + [0], [0, 0, 0]]
-    np.testing.assert_allclose(cells.log_normalised(), expected, rtol=1e-6)
-    assert cells.log_normalised().dtype == np.float32
-    assert cells.log_normalised() is cells.log_normalised()
-    np.testing.assert_array_equal(cells.take(np.array([2, 0])).log_normalised(), cells.log_normalised()[[2, 0]])
-    assert cells.take(np.array([True, False, True])).labels is None
-    with pytest.raises(ValueError, match="read-only"):
-        cells.log_normalised()[0, 0] = 1
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"counts": -np.ones((12, 3))}, "counts of cells are negative"),
-        ({"counts": np.full((12, 3), np.nan)}, "counts of cells are negative or not finite"),
-        ({"library_sizes": np.full(12, np.inf)}, "library sizes of cells are negative or not finite"),
-        ({"counts": np.zeros((0, 3)), "library_sizes": np.zeros(0), "labels": None}, "at least one cell"),
-        ({"counts": np.zeros((12, 0))}, "at least one cell and one gene"),
-        ({"counts": np.zeros(12)}, "at least one cell and one gene"),
-        ({"library_sizes": np.ones(11)}, "12 cells need one each"),
-        ({"labels": np.array(["B"] * 11, dtype=object)}, "12 cells need one each"),
-        ({"labels": np.array(["B"] * 11 + [np.nan], dtype=object)}, "no text"),
-    ],
-)
-def test_what_are_no_cells_is_refused(change: dict, message: str) -> None:
-    good = {"counts": np.ones((12, 3)), "library_sizes": np.ones(12), "labels": np.array(["B"] * 12, dtype=object)}
-    Cells(**good)
-    with pytest.raises(UserError, match=message):
-        Cells(**(good | change))
-
-
-PAIRS = {
-    "forests": partial(random_forest_figures, seed=0),
-    "distances": partial(distance_figures, seed=0),
-    "genes": gene_figures,
-    "lisi": lisi_figure,
-    "markers": marker_figures,
-    "memorising": lambda real, generated: memorising_figures(generated, real, real),
-}
-
-
-@pytest.mark.parametrize("name", PAIRS)
-def test_sets_that_do_not_go_together_are_refused(name: str) -> None:
-    fewer_genes = Cells(control().counts[:, 1:], control().library_sizes, control().labels)
-    with pytest.raises(UserError, match=r"(240|239) and .*(240|239) genes"):
-        PAIRS[name](real(), fewer_genes)
-    with pytest.raises(UserError, match="9 cells; figures need at least 10"):
-        PAIRS[name](real(), control().take(np.arange(9)))
-
-
-def test_what_labels_must_be() -> None:
-    none = relabelled(real(), None)
-    single = relabelled(real(), np.full(len(real()), "B", dtype=object))
-    for function in (lambda cells: Classifier.fit(cells, 0), lambda cells: marker_figures(real(), cells)):
-        with pytest.raises(UserError, match="no labels"):
-            function(none)
-        with pytest.raises(UserError, match=r"single type|markers need two"):
-            function(single)
-    with pytest.raises(UserError, match="no labels"):
-        per_type(lisi_figure, real(), none)
-    with pytest.raises(UserError, match="no labels"):
-        train_on_synthetic_test_on_real(real(), none, 0)
-    with pytest.raises(UserError, match="3 genes, and the classifier knows 240"):
-        Classifier.fit(real(), 0).accuracy(Cells(real().counts[:, :3], real().library_sizes, real().labels))
-
+from utils.expression.evaluation.real import Cells, equal_numbers, per_type, principal_components
 
 # ---- the mathematics
 
@@ -263,16 +104,6 @@ def test_mmd_is_0_on_average_for_the_same_law() -> None:
     assert abs(np.mean(found)) < 3 * np.std(found) / 300**0.5
 
 
-def test_pooled_components_keep_what_an_svd_keeps() -> None:
-    values = np.concatenate([real().log_normalised(), control().log_normalised()]).astype(np.float64)
-    left, sizes, _ = np.linalg.svd(values - values.mean(axis=0), full_matrices=False)
-    expected = left[:, :50] * sizes[:50]
-    found = np.concatenate(pooled_space(real(), control()))
-    np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-3 * np.abs(expected).max() ** 2)
-    assert principal_components(values[:20]).n_components_ == 19
-    assert principal_components(values[:, :2]).n_components_ == 2
-
-
 def brute_force_lisi(points: np.ndarray, is_generated: np.ndarray) -> list[float]:
     """With scikit-learn's neighbours, and SciPy's root of the entropy."""
     from scipy.optimize import brentq
@@ -335,23 +166,6 @@ def test_slope_of_planted_changes() -> None:
     assert total_least_squares_slope(changes, 0 * changes) == 0
 
 
-def test_welch_is_scipys() -> None:
-    from scipy.stats import ttest_ind
-
-    values = real().log_normalised().astype(np.float64)
-    values[:, 3] = 1.0  # a gene that never changes
-    members = np.array(KINDS, dtype=object)[:, None] == real().labels
-    part = np.random.default_rng(0).random(len(values)) < 0.5
-    difference, t = metrics_markers.welch(values, members, part)
-    for row, of_type in enumerate(members):
-        first, second = values[of_type & part], values[~of_type & part]
-        np.testing.assert_allclose(difference[row], first.mean(axis=0) - second.mean(axis=0), atol=1e-12)
-        changing = np.arange(NUM_GENES) != 3
-        expected = ttest_ind(first[:, changing], second[:, changing], equal_var=False).statistic
-        np.testing.assert_allclose(t[row, changing], np.nan_to_num(expected), rtol=1e-6, atol=1e-6)
-    assert t[:, 3] == pytest.approx(0, abs=1e-3)
-
-
 def test_gene_figures_are_numpys() -> None:
     figures, sets = control_figures(), (real(), control())
     means, variances = ([of(cells.log_normalised(), axis=0) for cells in sets] for of in (np.mean, np.var))
@@ -367,20 +181,6 @@ def test_gene_figures_are_numpys() -> None:
         assert figures[name].value == pytest.approx(value, abs=1e-5), name
     direction = np.linalg.svd(np.stack(variances, axis=1), full_matrices=False)[2][0]
     assert figures["gene_variance_slope"].value == pytest.approx(direction[1] / direction[0], rel=1e-4)
-
-
-def test_accuracy_is_the_share_of_hits() -> None:
-    classifier = Classifier.fit(real(), 0)
-    figure = classifier.accuracy(control())
-    hits = classifier.model.predict(control().log_normalised()) == control().labels
-    assert (figure.value, figure.num_samples) == (hits.mean(), 240)
-    few = np.concatenate([np.arange(60), [60, 120, 180]])  # of the other types one each
-    labels = control().labels[few].copy()
-    labels[60:] = "B"
-    labels[0] = "unheard of"  # a type that it was not taught
-    figure = classifier.accuracy(relabelled(control().take(few), labels))
-    assert figure.value == pytest.approx(59 / 63, abs=2 / 63)
-    assert float(figure.note.split()[0]) == pytest.approx(0.5 * 59 / 62, abs=0.02)
 
 
 # ---- intervals
@@ -465,22 +265,6 @@ def test_swapped_types_show() -> None:
     assert figures["lfc_correlation"].value < 0.6
     assert random_forest_figures(real(), swapped, 0)["rf_auc"].value < 0.6  # it does not look at labels
     assert per_type(lisi_figure, real(), swapped)["B"]["lisi"].value < 1.3
-
-
-def test_types_that_are_too_much_alike_have_a_small_slope() -> None:
-    slopes = [marker_figures(real(), draw(1, strength=strength))["lfc_slope"].value for strength in (0.5, 1, 1.5)]
-    assert slopes[0] < 0.75 < 0.93 < slopes[1] < 1.07 < 1.3 < slopes[2]
-
-
-def test_markers_take_as_many_cells_of_both() -> None:
-    many = draw(5, of_each=200)
-    figures = marker_figures(real(), many)
-    assert figures["marker_overlap"].num_samples == 240
-    first, second, left_out = metrics_markers.matched_by_type(real(), many)
-    assert left_out == []
-    np.testing.assert_array_equal(first.labels, second.labels)
-    np.testing.assert_array_equal(first.counts, real().counts)
-    assert figures["lfc_slope"].value == pytest.approx(1, abs=0.1)
 
 
 def test_copies_are_found() -> None:

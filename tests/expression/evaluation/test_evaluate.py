@@ -1,6 +1,5 @@
-"""evaluate.py --modality expression: nulls whose law is known, faults planted in samples of real cells, tiny runs of all
-kinds of conditions, and everything that is wrong.
-"""
+"""evaluate.py --modality expression: faults planted in samples of real cells, tiny runs of all kinds of conditions, and
+everything that is wrong."""
 
 import json
 import re
@@ -11,214 +10,34 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
-from scipy.sparse import csr_matrix
 
 import evaluate as script
+from tests.support.expression_evaluation import (
+    BESIDE,
+    NUM_GENES,
+    NUM_TEST,
+    TRAIN_LDM,
+    TRAIN_VAE,
+    class_of,
+    columns_of,
+    make_run,
+    reasons_of,
+    rows_of,
+    types_of,
+    words,
+    write_samples,
+)
+from tests.support.pbmc import pbmc68k
 from tests.support.processes import refused, run
 from utils.errors import UserError
-from utils.evaluation.figures import Figure, Group, mean_of, over_seeds
+from utils.expression.data.h5ad import write_h5ad
 from utils.expression.evaluation import metrics as metrics_expression
 from utils.expression.evaluation import real as real_cells
-from utils.expression.evaluation.figures import type_distribution
-from utils.expression.evaluation.nulls import (
-    as_matrix,
-    binomial_counts,
-    gaussian_latents,
-    groups_alike,
-    prior_latents,
-    rows_of_groups,
-    rows_of_types,
-    standardised,
-)
-from utils.expression.evaluation.real import Cells
 from utils.expression.evaluation.samples import BINOMIALS as BINOMIAL
-from utils.expression.evaluation.samples import CEILING, CONTROL, GAUSSIAN, PRIOR, SAMPLES, draw_rows
-from utils.expression.pictures import dots_of, marker_columns, marker_plot
+from utils.expression.evaluation.samples import CEILING, CONTROL, GAUSSIAN, PRIOR, SAMPLES
 
 anndata = pytest.importorskip("anndata")
 pytest.importorskip("scanpy")
-
-from tests.support.pbmc import pbmc68k  # noqa: E402
-from utils.expression.data.h5ad import write_h5ad  # noqa: E402
-
-NUM_GENES, CHANNELS, NUM_TEST = 120, 4, 140
-NULLS = [GAUSSIAN, BINOMIAL, PRIOR]
-BESIDE = [CONTROL, CEILING, *NULLS]
-# fmt: off
-TRAIN_VAE = [
-    "--label_column", "cell_type", "--latent_channels", CHANNELS, "--hidden_size", 24, "--max_train_steps", 80,
-    "--train_batch_size", 64, "--lr_warmup_steps", 0, "--learning_rate", 1e-2, "--kl_warmup_steps", 20, "--dropout", 0,
-    "--checkpointing_steps", 80, "--validation_steps", 80, "--ema_decay", 0.9,
-]
-TRAIN_LDM = [
-    "--max_train_steps", 60, "--train_batch_size", 64, "--lr_warmup_steps", 0, "--learning_rate", 3e-3, "--ema_decay", 0.9,
-    "--checkpointing_steps", 60, "--validation_steps", 60, "--num_validation_cells", 20, "--validation_inference_steps", 2,
-]
-# fmt: on
-
-
-# ---- nulls
-
-
-def test_rows_have_the_types_that_are_wanted():
-    """None twice where there are enough, all of them as often where there are not, none of a type that is not there."""
-    types = np.array(["A"] * 50 + ["B"] * 3, dtype=object)
-    wanted = np.array(["B"] * 7 + ["A"] * 40 + ["C"] * 2, dtype=object)
-    rows = rows_of_types(wanted, types, seed=3)
-    assert list(types[rows]) == ["B"] * 7 + ["A"] * 40
-    assert len(set(rows[7:])) == 40
-    assert sorted(np.unique(rows[:7], return_counts=True)[1]) == [2, 2, 3]
-    assert (rows_of_types(wanted, types, seed=3) == rows).all()
-    assert (rows_of_types(wanted, types, seed=4) != rows).any()
-
-
-def test_test_cells_are_drawn_evenly():
-    assert (draw_rows(30, 30, seed=5) == np.arange(30)).all()
-    assert len(set(draw_rows(30, 12, seed=5))) == 12
-    times = np.bincount(draw_rows(30, 75, seed=5), minlength=30)
-    assert set(times) == {2, 3}
-
-
-def test_groups_are_of_all_classes_together_and_fall_back_on_all_cells():
-    known = [{"kind": "A", "donor": "1", "age": 3.0}] * 6 + [{"kind": "B", "donor": "1"}] * 4 + [{"donor": "1"}] * 5
-    asked = [
-        {"donor": "1", "kind": "A", "age": 7.0},
-        {"kind": "B", "donor": "1"},
-        {"donor": "1"},
-        {"kind": "A", "donor": "1"},
-    ]
-    groups = {tuple(places): rows for places, rows in groups_alike(asked, known)}
-    assert set(groups) == {(0, 3), (1,), (2,)}
-    assert list(groups[(0, 3)]) == list(range(6))
-    assert len(groups[(1,)]) == 15  # four are too few
-    assert list(groups[(2,)]) == list(range(10, 15))
-    everyone = groups_alike([{}] * 3, [{}] * 9)
-    assert [(len(places), len(rows)) for places, rows in everyone] == [(3, 9)]
-    drawn = rows_of_groups(groups_alike(asked, known), seed=0)
-    assert max(drawn[0], drawn[3]) < 6
-    assert drawn[2] >= 10
-
-
-def two_normals(count: int) -> tuple[np.ndarray, list[dict]]:
-    """Latents (2 * count, 3) of two classes, with means and covariances of their own."""
-    generator = np.random.default_rng(0)
-    first = generator.multivariate_normal([0, 1, 2], [[1, 0.8, 0], [0.8, 1, 0], [0, 0, 0.2]], count)
-    second = generator.multivariate_normal([5, 0, -2], [[0.3, 0, -0.4], [0, 2, 0], [-0.4, 0, 1]], count)
-    return np.concatenate([first, second]), [{"kind": "A"}] * count + [{"kind": "B"}] * count
-
-
-def test_gaussian_latents_have_the_mean_and_covariance_of_each_class():
-    latents, known = two_normals(4000)
-    asked = [{"kind": "B"}] * 20_000 + [{"kind": "A"}] * 20_000
-    none = np.zeros((len(known), 0)), np.zeros((len(asked), 0))
-    drawn = gaussian_latents(latents, *none, groups_alike(asked, known), seed=0)
-    for mine, real in ((drawn[:20_000], latents[4000:]), (drawn[20_000:], latents[:4000])):
-        np.testing.assert_allclose(mine.mean(axis=0), real.mean(axis=0), atol=0.04)
-        np.testing.assert_allclose(np.cov(mine.T), np.cov(real.T), atol=0.06)
-
-
-def test_small_classes_lean_on_the_covariance_of_all():
-    """Five cells in three dimensions: their own covariance counts five parts, the mean of all (nearly that of the
-    large class) three."""
-    latents, known = two_normals(4000)
-    rows = [*range(4000), *range(4000, 4005)]
-    latents, known = latents[rows], [known[row] for row in rows]
-    asked = [{"kind": "B"}] * 50_000 + [{"kind": "A"}]
-    none = np.zeros((len(known), 0)), np.zeros((len(asked), 0))
-    drawn = gaussian_latents(latents, *none, groups_alike(asked, known), seed=0)[:-1]
-    own, large = np.cov(latents[4000:].T, bias=True), np.cov(latents[:4000].T, bias=True)
-    expected = (5 * own + 3 * (4000 * large + 5 * own) / 4005) / 8
-    np.testing.assert_allclose(np.cov(drawn.T), expected, atol=0.06)
-    np.testing.assert_allclose(drawn.mean(axis=0), latents[4000:].mean(axis=0), atol=0.03)
-
-
-def test_gaussian_latents_follow_a_number():
-    """The mean is linear in it; a cell without it has the mean of all, and a spread that is not smaller."""
-    generator = np.random.default_rng(1)
-    ages = generator.uniform(20, 80, 6000)
-    latents = np.column_stack([0.1 * ages, -ages, 0 * ages]) + generator.normal(size=(6000, 3))
-    wanted = np.repeat([30.0, 70.0, np.nan], 4000)
-    inputs = standardised(as_matrix({"age": ages}, 6000), as_matrix({"age": wanted}, 12_000))
-    drawn = gaussian_latents(latents, *inputs, groups_alike([{}] * 12_000, [{}] * 6000), seed=0)
-    for i, age in enumerate((30, 70, ages.mean())):
-        mine = drawn[4000 * i : 4000 * (i + 1)]
-        np.testing.assert_allclose(mine.mean(axis=0), [0.1 * age, -age, 0], atol=0.1)
-        np.testing.assert_allclose(np.cov(mine.T), np.eye(3), atol=0.1)
-
-
-def test_prior_latents_are_standard_normal():
-    drawn = prior_latents(np.linspace(5, 8, 5000), seed=0, dim=3)
-    np.testing.assert_allclose(drawn[:, :3].mean(axis=0), 0, atol=0.05)
-    np.testing.assert_allclose(np.cov(drawn[:, :3].T), np.eye(3), atol=0.08)
-    assert (drawn[:, 3] == np.linspace(5, 8, 5000)).all()
-
-
-def test_binomial_counts_have_the_moments_of_each_type():
-    """Mean and variance of each gene of each type are those of the training cells, and so is the correlation with the
-    library; genes are independent but for the library, which those were not."""
-    generator = np.random.default_rng(2)
-    types = np.repeat(np.array(["A", "B"], dtype=object), 20_000)
-    shares = np.where((types == "A")[:, None], [0.5, 0.3, 0.2, 0.0], [0.1, 0.2, 0.3, 0.4])
-    depths = generator.lognormal(4, 0.4, 40_000)
-    state = generator.gamma(5.0, 1 / 5, (40_000, 1)) * [[1, 1, 0, 0]] + [[0, 0, 1, 1]]  # shared by the first two genes
-    counts = generator.poisson(depths[:, None] * shares * state).astype(np.float32)
-    known = [{"kind": kind} for kind in types]
-    drawn = binomial_counts(csr_matrix(counts), depths, groups_alike(known * 3, known), seed=0)
-    wanted = np.tile(types, 3)
-    for kind in "AB":
-        mine, real = drawn[wanted == kind], counts[types == kind]
-        np.testing.assert_allclose(mine.mean(axis=0), real.mean(axis=0), rtol=0.03)
-        np.testing.assert_allclose(mine.var(axis=0), real.var(axis=0), rtol=0.08)
-    assert (drawn[wanted == "A"][:, 3] == 0).all()
-    assert (drawn == np.rint(drawn)).all()
-    together = [np.cov(each[:, :2].T)[0, 1] for each in (counts[:20_000], drawn[wanted == "A"])]
-    by_library = 0.5 * 0.3 * depths[:20_000].var()
-    assert together[1] == pytest.approx(by_library, rel=0.1)
-    assert together[0] > 1.5 * by_library
-
-
-# ---- figures
-
-
-def test_distance_of_type_distributions():
-    """Half the sum of the differences: 60, 40, 0 per cent against 20, 60, 20 is 40 per cent."""
-    told = np.array(["A"] * 60 + ["B"] * 40, dtype=object)
-    real = np.array(["A"] * 10 + ["B"] * 30 + ["C"] * 10, dtype=object)
-    figure = type_distribution(told, real)
-    assert figure.value == pytest.approx(0.4)
-    assert figure.low < 0.4 < figure.high
-    assert type_distribution(real, real).value == 0
-    assert type_distribution(np.full(9, "D", dtype=object), real).value == pytest.approx(1)
-
-
-def test_mean_over_seeds():
-    figures = [Figure(value, value - 0.1, value + 0.3, 50, "DeLong", "against 50") for value in (0.5, 0.7, 0.9)]
-    mean = mean_of(figures)
-    assert (mean.value, mean.low, mean.high, mean.num_samples) == (pytest.approx(0.7), 0.5, 0.9, 50)
-    assert mean.interval == "lowest and highest of 3 seeds"
-    assert mean.note == "std 0.2; of one seed 0.6 to 1 by DeLong; against 50"
-    trials = [[Group("A", {"x": figures[0], "y": figures[0]}, {})], [Group("A", {"x": figures[2]}, {"y": "too few"})]]
-    (group,) = over_seeds(trials)
-    assert group.figures["x"].value == pytest.approx(0.7)
-    assert set(group.figures) == {"x"}
-    assert group.not_measured == {"y": "too few"}
-    assert over_seeds(trials[:1]) == trials[0]
-
-
-def test_dots_of_markers():
-    counts = np.array([[4, 0, 1], [0, 0, 1], [0, 3, 1], [0, 5, 1]], dtype=np.float32)
-    labels = np.array(["A", "A", "B", "B"], dtype=object)
-    cells = Cells(counts, counts.sum(axis=1), labels)
-    shares, means = dots_of(cells, labels, ["A", "B", "C"], [0, 1])
-    assert shares.tolist() == [[0.5, 0], [0, 1], [0, 0]]
-    assert means[0, 0] == pytest.approx(np.log1p(8000) / 2)
-    many = Cells(np.tile(counts, (5, 1)), np.tile(counts.sum(axis=1), 5), np.tile(labels, 5))
-    assert marker_columns(many, ["A", "B"])[0] == 0
-    assert set(marker_columns(many, ["A", "B"])) == {0, 1, 2}  # none twice
-    picture = marker_plot(many, many, many.types(), ["a", "b", "c"], ("real", "samples"))
-    assert np.asarray(picture).min() < 100
-    assert marker_plot(cells, cells, labels, ["a", "b", "c"], ("real", "samples")) is None  # two cells of each
 
 
 # ---- a world of 700 cells
@@ -251,37 +70,6 @@ def world(tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(folder=folder, adata=adata, file=folder / "cells.h5ad", vae=vae, ldm=ldm, splits=splits)
 
 
-def rows_of(world, split: str) -> np.ndarray:
-    return np.flatnonzero(world.splits == split)
-
-
-def make_run(world, folder: Path, columns: dict[str, dict]) -> Path:
-    """A run on the world's autoencoder with a denoiser that was never trained: it gives standard normal latents."""
-    from utils.diffusion.conditions import ConditionSum, NoCondition
-    from utils.diffusion.denoiser import ConditionalDenoiser
-    from utils.diffusion.sampling import SAMPLERS
-    from utils.expression.codec import load_expression_vae
-    from utils.expression.pipeline import ExpressionPipeline, export_run
-    from utils.latents.spec import Normalisation
-    from utils.models.vector_mlp import VectorMLP
-
-    torch.manual_seed(0)
-    vae = load_expression_vae(str(world.vae))
-    width = 16 if columns else None
-    model = VectorMLP(CHANNELS + 1, num_layers=1, hidden_size=16, projection_class_embeddings_input_dim=width)
-    denoiser = ConditionalDenoiser(model, ConditionSum(16, columns) if columns else NoCondition())
-    obs = world.adata.obs.iloc[rows_of(world, "train")]
-    known = {name: obs[name].to_numpy(dtype=object if "names" in columns[name] else np.float64) for name in columns}
-    normalisation = Normalisation.of_vae(vae.config, CHANNELS + 1)
-    pipeline = ExpressionPipeline(denoiser, SAMPLERS["flow_euler"](), vae, normalisation, known)
-    export_run(folder, denoiser, pipeline, SimpleNamespace(vae=str(world.vae)), "a run with random weights")
-    return folder
-
-
-def class_of(world, name: str) -> dict:
-    return {"kind": "class", "names": sorted(world.adata.obs[name].astype(str).unique())}
-
-
 @pytest.fixture
 def evaluate(world, monkeypatch, capsys):
     """A function that evaluates against the test cells, in this process, with smaller forests and spaces, and returns what was
@@ -296,62 +84,6 @@ def evaluate(world, monkeypatch, capsys):
         return capsys.readouterr().out
 
     return call
-
-
-def words(world, out: Path, **changes) -> list[str]:
-    chosen = {"reference": world.file, "output_dir": out, "device": "cpu", "umap": False} | changes
-    if chosen.get("model"):
-        chosen = {"num_inference_steps": 4} | chosen
-    flags = ["--modality", "expression"]
-    for name, value in chosen.items():
-        if value is False:
-            flags.append(f"--no-{name}")
-        elif value is True:
-            flags.append(f"--{name}")
-        elif value is not None:
-            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return flags
-
-
-def points_of(out: Path) -> list[dict]:
-    return json.loads((out / "metrics.json").read_text())["points"]
-
-
-def columns_of(out: Path) -> dict[str, dict[str, dict]]:
-    """column -> figure -> value, low, high, num_samples, ..."""
-    return {
-        point["point"]: {k: v for group in point["groups"] for k, v in group["figures"].items()}
-        for point in points_of(out)
-    }
-
-
-def value(out: Path, column: str, name: str) -> float:
-    return columns_of(out)[column][name]["value"]
-
-
-def reasons_of(out: Path) -> dict[str, str]:
-    return {
-        name: why
-        for point in points_of(out)
-        for group in point["groups"]
-        for name, why in group["not_measured"].items()
-    }
-
-
-def write_samples(world, path: Path, rows: np.ndarray, labels: np.ndarray | None = None, counts=None) -> Path:
-    """Real cells as if they had been sampled: of `rows`, with other labels or counts where they are given."""
-    obs = {} if labels is None else {"cell_type": np.array(labels, dtype=str)}
-    X = world.adata.X[rows] if counts is None else csr_matrix(counts.astype(np.float32))
-    made = anndata.AnnData(X, var=world.adata.var[[]])
-    made.obs_names = [f"cell-{i}" for i in range(len(rows))]
-    for name, values in obs.items():
-        made.obs[name] = values
-    write_h5ad(made, path)
-    return path
-
-
-def types_of(world, rows: np.ndarray) -> np.ndarray:
-    return world.adata.obs["cell_type"].astype(str).to_numpy()[rows]
 
 
 # ---- planted faults
