@@ -55,7 +55,7 @@ OF_SEEDS = "Figures are means over {} seeds, brackets hold the lowest and the hi
 
 @dataclass
 class Sampler:
-    """A run that is ready to be sampled, and how it is sampled."""
+    """A run that is ready, and how it is sampled."""
 
     pipeline: ExpressionPipeline
     guide: ConditionalDenoiser | None
