@@ -1,11 +1,23 @@
-"""Intervals that hold the truth as often as they say."""
+"""Intervals that hold the truth as often as they say, and groups of figures with the reasons why some are missing."""
 
 import numpy as np
 import pytest
 import torch
 
 from tests.support.features import gaussian
+from utils.errors import UserError
 from utils.evaluation import figures as metrics_intervals
+from utils.evaluation.figures import (
+    Figure,
+    Found,
+    Group,
+    attempt,
+    mean_of,
+    measured_groups,
+    merged,
+    missing,
+    over_seeds,
+)
 from utils.image.evaluation import metrics as metrics_images
 from utils.image.evaluation.metrics import Statistics, frechet_distance
 
@@ -55,3 +67,47 @@ def test_half_sampling_is_exact_for_a_mean() -> None:
         figure = metrics_intervals.half_sampling_figure(float(values.mean()), halves, count)
         expected = 1.96 * float(values.std()) / count**0.5
         assert figure.high - figure.value == pytest.approx(expected, rel=0.05)
+
+
+# ---- groups of figures
+
+
+def test_what_raises_is_a_reason_and_what_does_not_is_a_figure() -> None:
+    figure = Figure(1, 0, 2, 10, "Wilson")
+
+    def fails() -> dict[str, Figure]:
+        raise UserError("too few")
+
+    assert attempt(("x",), lambda: {"x": figure}) == Found({"x": figure}, {})
+    assert (
+        attempt(("y", "z"), fails) == missing("y", "z", why="too few") == Found({}, {"y": "too few", "z": "too few"})
+    )
+    both = merged(attempt(("x",), lambda: {"x": figure}), attempt(("y",), fails))
+    assert both == Found({"x": figure}, {"y": "too few"})
+
+
+def test_groups_of_a_table_are_those_that_have_something_to_say() -> None:
+    figure = Figure(1, 0, 2, 10, "Wilson")
+    table = {
+        "Figures": lambda count, name: Found({name: figure}, {"a": "x"}) if count else missing(name, why="none"),
+        "Reasons": lambda count, name: missing(name, why="y"),
+        "Nothing": lambda count, name: Found({}, {}),
+    }
+    with_reasons = [Group("Figures", {"f": figure}, {"a": "x"}), Group("Reasons", {}, {"f": "y"})]
+    assert measured_groups(table, 3, "f", with_reasons=True) == with_reasons
+    assert measured_groups(table, 3, "f", with_reasons=False) == [Group("Figures", {"f": figure}, {})]
+    assert measured_groups(table, 0, "f", with_reasons=False) == []
+
+
+def test_mean_over_seeds() -> None:
+    figures = [Figure(value, value - 0.1, value + 0.3, 50, "DeLong", "against 50") for value in (0.5, 0.7, 0.9)]
+    mean = mean_of(figures)
+    assert (mean.value, mean.low, mean.high, mean.num_samples) == (pytest.approx(0.7), 0.5, 0.9, 50)
+    assert mean.interval == "lowest and highest of 3 seeds"
+    assert mean.note == "std 0.2; of one seed 0.6 to 1 by DeLong; against 50"
+    trials = [[Group("A", {"x": figures[0], "y": figures[0]}, {})], [Group("A", {"x": figures[2]}, {"y": "too few"})]]
+    (group,) = over_seeds(trials)
+    assert group.figures["x"].value == pytest.approx(0.7)
+    assert set(group.figures) == {"x"}
+    assert group.not_measured == {"y": "too few"}
+    assert over_seeds(trials[:1]) == trials[0]

@@ -58,6 +58,7 @@ def half_sampling_figure(
     of_halves: list[float],
     num_samples: int,
     note: str = "",
+    *,
     lowest: float = -np.inf,
     highest: float = np.inf,
 ) -> Figure:
@@ -70,19 +71,21 @@ def half_sampling_figure(
     error = float(np.std(of_halves, ddof=1)) * (kept / (num_samples - kept)) ** 0.5
     reach = float(t.ppf((1 + CONFIDENCE) / 2, len(of_halves) - 1)) * error
     low, high = max(value - reach, lowest), min(value + reach, highest)
-    return Figure(value, low, high, num_samples, HALF_SAMPLING, note)
+    return Figure(value, low, high, num_samples, HALF_SAMPLING, note=note)
 
 
 def halves_figure(
     statistic: Callable[[np.ndarray], Any],
     values: np.ndarray,
     note: str = "",
+    *,
     lowest: float = -np.inf,
     highest: float = np.inf,
 ) -> Figure:
-    """A statistic of rows with the interval of half-sampling."""
+    """A statistic of the rows of `values` (N, ...), with the interval of half-sampling."""
     of_halves = [float(statistic(values[half])) for half in random_halves(len(values)).numpy()]
-    return half_sampling_figure(float(statistic(values)), of_halves, len(values), note, lowest, highest)
+    value = float(statistic(values))
+    return half_sampling_figure(value, of_halves, len(values), note, lowest=lowest, highest=highest)
 
 
 def mean_figure(values: Tensor, note: str = "") -> Figure:
@@ -91,12 +94,12 @@ def mean_figure(values: Tensor, note: str = "") -> Figure:
 
     array = values.double().numpy()
     if len(array) < 2 or array.std() == 0:
-        return Figure(float(array.mean()), float(array.mean()), float(array.mean()), len(array), BOOTSTRAP, note)
+        return Figure(float(array.mean()), float(array.mean()), float(array.mean()), len(array), BOOTSTRAP, note=note)
     generator = np.random.default_rng(0)
     interval = bootstrap(
         (array,), np.mean, n_resamples=1000, batch=100, confidence_level=CONFIDENCE, method="percentile", rng=generator
     ).confidence_interval
-    return Figure(float(array.mean()), float(interval.low), float(interval.high), len(array), BOOTSTRAP, note)
+    return Figure(float(array.mean()), float(interval.low), float(interval.high), len(array), BOOTSTRAP, note=note)
 
 
 def share_figure(hits: Tensor, note: str = "") -> Figure:
@@ -105,7 +108,7 @@ def share_figure(hits: Tensor, note: str = "") -> Figure:
 
     count = int(hits.sum())
     interval = binomtest(count, len(hits)).proportion_ci(CONFIDENCE, method="wilson")
-    return Figure(count / len(hits), float(interval.low), float(interval.high), len(hits), WILSON, note)
+    return Figure(count / len(hits), float(interval.low), float(interval.high), len(hits), WILSON, note=note)
 
 
 def spearman(pairs: np.ndarray) -> float:
@@ -195,7 +198,7 @@ def mean_of(figures: Sequence[Figure]) -> Figure:
     note = f"std {values.std(ddof=1):.2g}; of one seed {low:.4g} to {high:.4g} by {figures[0].interval}"
     note += f"; {figures[0].note}" if figures[0].note else ""
     spread = (float(values.mean()), float(values.min()), float(values.max()))
-    return Figure(*spread, figures[0].num_samples, f"lowest and highest of {len(figures)} seeds", note)
+    return Figure(*spread, figures[0].num_samples, f"lowest and highest of {len(figures)} seeds", note=note)
 
 
 MAX_PAIRED = 10_000  # images of either side, drawn at random, where every pair of them counts

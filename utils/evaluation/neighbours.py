@@ -62,7 +62,12 @@ def manifold_figures(samples: Tensor, reference: Tensor) -> dict[str, Figure]:
     note = f"against {len(reference)}"
     return {
         name: half_sampling_figure(
-            value, [half[name] for half in halves], len(samples), note, 0, np.inf if name == "density" else 1
+            value,
+            [half[name] for half in halves],
+            len(samples),
+            note,
+            lowest=0,
+            highest=np.inf if name == "density" else 1,
         )
         for name, value in values.items()
     }
@@ -108,4 +113,4 @@ def ratio_figure(of_samples: Tensor, of_held_out: Tensor) -> Figure:
         values, ratio, n_resamples=1000, batch=100, confidence_level=CONFIDENCE, method="percentile", rng=generator
     ).confidence_interval
     note = f"{len(of_held_out)} held-out images are 1"
-    return Figure(value, float(interval.low), float(interval.high), len(of_samples), BOOTSTRAP, note)
+    return Figure(value, float(interval.low), float(interval.high), len(of_samples), BOOTSTRAP, note=note)

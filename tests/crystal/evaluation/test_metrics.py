@@ -29,15 +29,6 @@ def test_compositional_validity(formula: str, valid: bool) -> None:
     assert time.process_time() - started < 5
 
 
-def test_reconstruction_counts_matches() -> None:
-    figures = metrics_crystals.reconstruction_figures(
-        [NACL, NACL_IN_CSCL, GARBAGE["flat"], SRTIO3], [rotated(NACL), NACL, NACL, SRTIO3]
-    )
-    assert figures["match_rate"].value == 0.5
-    assert (figures["rmsd"].value, figures["rmsd"].num_samples) == (pytest.approx(0, abs=1e-5), 2)
-    assert list(metrics_crystals.reconstruction_figures([NACL], [SRTIO3])) == ["match_rate"]
-
-
 # ---- coverage and distributions
 
 

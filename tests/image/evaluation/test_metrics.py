@@ -110,7 +110,7 @@ def brute_force_mmd(x: Tensor, y: Tensor, kernel, unbiased: bool) -> float:
 def test_squared_mmd_of_parts_is_brute_force(unbiased: bool) -> None:
     x, y = gaussian(14, 3, 0).double(), gaussian(11, 3, 1, shift=0.5).double()
     parts = metrics_intervals.random_halves(14, 2)
-    found = metrics_images.squared_mmd(x, y, metrics_images.polynomial_kernel, parts, unbiased, block=4)
+    found = metrics_images.squared_mmd(x, y, metrics_images.polynomial_kernel, parts, unbiased=unbiased, block=4)
     expected = [brute_force_mmd(x[part], y, polynomial, unbiased) for part in parts]
     assert found == pytest.approx(expected, rel=1e-9)
 

@@ -62,7 +62,7 @@ class Hull:
         self.known: dict[int, float | None] = {}  # by row, computed when it is needed
 
     def above(self, crystals: Sequence[Crystal]) -> np.ndarray:
-        """(n,) in eV per atom; NaN where the calculator fails, or the hull lacks an element."""
+        """Energy above the hull (n,) in eV per atom; NaN where the calculator fails, or the hull lacks an element."""
         found = np.full(len(crystals), np.nan)
         for i, energy in enumerate(energies(crystals, self.calculator)):
             if energy is not None:
@@ -125,27 +125,29 @@ class Evidence:
 
     @cached_property
     def structural(self) -> np.ndarray:
-        """(n,) bool: valid in structure."""
+        """Whether each crystal (n,) has a valid structure."""
         return np.array([is_structurally_valid(each) for each in self.samples.crystals])
 
     @cached_property
     def valid(self) -> np.ndarray:
-        """(n,) bool: valid in structure and composition."""
+        """Whether each crystal (n,) is valid in structure and composition."""
         return self.structural & self.compositional
 
     @cached_property
     def compositional(self) -> np.ndarray:
-        """(n,) bool: valid in composition."""
+        """Whether each crystal (n,) has a valid composition."""
         return np.array([is_compositionally_valid(each.atomic_numbers) for each in self.samples.crystals])
 
     @cached_property
     def is_unique(self) -> np.ndarray:
-        """(n,) bool, False where the structure is not valid."""
+        """Whether each crystal (n,) is the first of its kind; False where the structure is not valid."""
         return self.structural & unique(self.samples.crystals, self.judge.num_processes, self.judge.timeout_s)
 
     @cached_property
     def is_novel(self) -> np.ndarray | None:
-        """(n,) bool, False where the structure is not valid; None without training crystals."""
+        """Whether no training crystal equals each crystal (n,), False where the structure is not valid;
+        None without training crystals.
+        """
         training = self.judge.real.training
         if training is None:
             return None

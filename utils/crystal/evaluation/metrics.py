@@ -12,7 +12,7 @@ import torch
 from scipy.spatial.distance import cdist
 from scipy.stats import wasserstein_distance
 
-from utils.crystal.matching import TIMEOUT_S, formula_if_any, is_structurally_valid, match_pairs, reduced_if_valid
+from utils.crystal.matching import formula_if_any, is_structurally_valid, reduced_if_valid
 from utils.crystal.structure import SYMBOLS, Crystal, cell_parameters, counts_of, crystal_package, volume
 from utils.errors import UserError
 from utils.evaluation.figures import Figure, at_most, half_sampling_figure, mean_figure, random_halves, share_figure
@@ -56,22 +56,6 @@ def balances(formula: str) -> bool:
 def share(hits: Sequence[bool] | np.ndarray, note: str = "") -> Figure:
     """`share_figure` of what is no tensor."""
     return share_figure(torch.as_tensor(np.asarray(hits, dtype=bool)), note)
-
-
-# ---- reconstruction
-
-
-def reconstruction_figures(
-    reconstructed: Sequence[Crystal], real: Sequence[Crystal], num_processes: int = 1, timeout_s: float = TIMEOUT_S
-) -> dict[str, Figure]:
-    """Share of pairs that match and, if any do, the mean `match_rmsd` of those. Source: CDVAE, section 5.1; it also
-    wants a valid composition, which the real one does not always have.
-    """
-    matches = match_pairs(list(zip(reconstructed, real, strict=True)), num_processes, timeout_s)
-    note = f"{matches.num_timed_out} of them took over {timeout_s:g} s" if matches.num_timed_out else ""
-    rmsds = [rmsd for rmsd in matches.rmsds if rmsd is not None]
-    figures = {"match_rate": share([rmsd is not None for rmsd in matches.rmsds], note)}
-    return figures | ({"rmsd": mean_figure(torch.tensor(rmsds), "of those that match")} if rmsds else {})
 
 
 # ---- fingerprints and coverage
@@ -124,7 +108,7 @@ def composition_fingerprint(atomic_numbers: np.ndarray) -> np.ndarray:
 
 
 def fingerprints(crystals: Sequence[Crystal]) -> np.ndarray:
-    """(n, 132 + 121) of both fingerprints, of at most 5,000 crystals; rows of NaN for what is not valid."""
+    """Both fingerprints (n, 132 + 121) of at most 5,000 crystals; rows of NaN for crystals that are not valid."""
     crystals = [crystals[int(row)] for row in at_most(torch.arange(len(crystals)), MAX_COMPARED)]
     rows = np.full((len(crystals), 2 * len(RADII) + len(SYMBOLS) + 3), np.nan)
     for row, crystal in enumerate(crystals):
@@ -135,7 +119,7 @@ def fingerprints(crystals: Sequence[Crystal]) -> np.ndarray:
 
 
 def finite(rows: np.ndarray) -> np.ndarray:
-    """Those that are."""
+    """The rows without NaN."""
     return rows[np.isfinite(rows).all(axis=1)]
 
 
@@ -171,7 +155,7 @@ def coverage_figures(
     recalls = [float((distances[half].min(axis=0, initial=np.inf) <= near).mean()) for half in halves]
     recall, note = float((distances.min(axis=0) <= near).mean()), f"near is {near:.3g}"
     figures = {
-        "coverage_recall": half_sampling_figure(recall, recalls, len(distances), note, 0, 1),
+        "coverage_recall": half_sampling_figure(recall, recalls, len(distances), note, lowest=0, highest=1),
         "coverage_precision": share(distances.min(axis=1) <= near, note),
     }
     distances = finite(distances)

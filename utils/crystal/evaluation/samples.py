@@ -141,7 +141,7 @@ def read_rows(rows: list[dict[str, Any]]) -> tuple[list[Crystal], list[str]]:
 
 @dataclass
 class Order:
-    """What a run is asked for, one entry a sample."""
+    """What a run is asked for, with one entry for each sample."""
 
     requests: list[dict[str, Any]]
     num_atoms: np.ndarray  # (B,)

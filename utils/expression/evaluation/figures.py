@@ -126,7 +126,7 @@ def type_distribution(predicted: np.ndarray, labels: np.ndarray) -> Figure:
     def distance(some: np.ndarray) -> float:
         return 0.5 * float(np.abs(np.bincount(some, minlength=len(kinds)) / len(some) - shares).sum())
 
-    return halves_figure(distance, codes, f"against {len(labels)}", 0, 1)
+    return halves_figure(distance, codes, f"against {len(labels)}", lowest=0, highest=1)
 
 
 def answers(samples: SampleSet, judge: Judge) -> Found:

@@ -112,6 +112,8 @@ def marker_figures(real: Cells, generated: Cells, num_markers: int = 50) -> dict
         found["lfc_correlation"].append(correlation(change[expressed], its_change[expressed]))
     ranges = {"marker_overlap": (0, 1), "lfc_slope": (-np.inf, np.inf), "lfc_correlation": (-1, 1)}
     return {
-        name: half_sampling_figure(value, of_halves, len(generated), note, *ranges[name])
+        name: half_sampling_figure(
+            value, of_halves, len(generated), note, lowest=ranges[name][0], highest=ranges[name][1]
+        )
         for name, (value, *of_halves) in found.items()
     }

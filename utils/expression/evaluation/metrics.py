@@ -51,7 +51,7 @@ def auc_figure(of_generated: np.ndarray, of_real: np.ndarray, note: str = "") ->
     value = float(of_generated.mean())
     variance = sum(float(part.var(ddof=1)) / len(part) for part in (of_generated, of_real))
     reach = float(norm.ppf((1 + CONFIDENCE) / 2)) * variance**0.5
-    return Figure(value, max(value - reach, 0.0), min(value + reach, 1.0), len(of_generated), DELONG, note)
+    return Figure(value, max(value - reach, 0.0), min(value + reach, 1.0), len(of_generated), DELONG, note=note)
 
 
 def forest_figure(of_real: np.ndarray, of_generated: np.ndarray, seed: int) -> Figure:
@@ -192,7 +192,9 @@ def gene_figures(real: Cells, generated: Cells) -> dict[str, Figure]:
     }
     for name, (measure, lowest, highest) in measures.items():
         value, *of_halves = (measure(each) for each in of_generated)
-        figures[name] = half_sampling_figure(value, of_halves, count, f"against {len(real)}", lowest, highest)
+        figures[name] = half_sampling_figure(
+            value, of_halves, count, f"against {len(real)}", lowest=lowest, highest=highest
+        )
     return figures
 
 
@@ -243,7 +245,7 @@ def lisi_figure(real: Cells, generated: Cells) -> dict[str, Figure]:
     for mine, other in halves_of_both(count):
         rows = np.concatenate([mine, count + other])
         of_halves.append(float(lisi_scores(squared[np.ix_(rows, rows)], is_generated[rows]).mean()))
-    return {"lisi": half_sampling_figure(value, of_halves, count, f"against {count}", 1, 2)}
+    return {"lisi": half_sampling_figure(value, of_halves, count, f"against {count}", lowest=1, highest=2)}
 
 
 def memorising_figures(generated: Cells, test: Cells, training: Cells) -> dict[str, Figure]:

@@ -55,7 +55,7 @@ class Cells:
         return values
 
     def log_normalised(self) -> np.ndarray:
-        """(n, G) float32, not to be written to: log(1 + counts / library size * 10,000); zeros for an empty cell."""
+        """log(1 + counts / library size * 10,000) (n, G) float32, not to be written to; zeros for an empty cell."""
         return self._log_normalised
 
     def take(self, rows: np.ndarray) -> "Cells":
@@ -63,7 +63,7 @@ class Cells:
         return Cells(self.counts[rows], self.library_sizes[rows], None if self.labels is None else self.labels[rows])
 
     def types(self) -> np.ndarray:
-        """(n,) str. Raises UserError where there are no labels."""
+        """The type of each cell (n,), as text. Raises UserError where there are no labels."""
         if self.labels is None:
             raise UserError("these cells have no labels, and this figure needs the type of each")
         return self.labels

@@ -62,7 +62,8 @@ def open_real(args: Namespace, metrics_of: dict[Features, list[str]], num_sample
         check_counts(metrics_of[extractor], extractor, num_samples, num_reference)
     check_held_out(sources.get("held_out_data"), sources.get("training_data"))
     statistics_file = args.reference if is_file else None
-    return RealImages(sources, statistics_file, extractors, args.feature_batch_size, Path(args.statistics_dir))
+    folder = Path(args.statistics_dir)
+    return RealImages(sources, statistics_file, extractors, batch_size=args.feature_batch_size, folder=folder)
 
 
 def sample_point(args: Namespace, real: RealImages, folder: Path) -> tuple[Images, dict[str, Any]]:

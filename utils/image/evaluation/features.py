@@ -26,7 +26,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 
 class FeatureBatch(NamedTuple):
-    """What a network says of a batch of images."""
+    """Features and logits of a batch of images."""
 
     features: Tensor  # (B, D) float32, on the CPU
     logits: Tensor | None  # (B, K) float32, on the CPU; None of networks that know no classes
@@ -87,7 +87,7 @@ class InceptionFeatures(Features):
 
     @classmethod
     def load(cls, path: str, device: str | torch.device, flag: str) -> "InceptionFeatures":
-        """From a file of torch-fidelity's weights, by default what the library downloads."""
+        """Reads a file of torch-fidelity's weights, by default the one that the library downloads."""
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
@@ -118,20 +118,21 @@ class ClipFeatures(Features):
 
     kind = "clip"
 
-    def __init__(self, network: nn.Module, title: str, size: int, device, tokenizer: Any, mean, std):
+    def __init__(self, network: nn.Module, title: str, size: int, device, *, tokenizer: Any, mean, std):
         self.tokenizer, self.mean, self.std = tokenizer, tuple(mean), tuple(std)
         super().__init__(network, title, size, device)
 
     @classmethod
     def load(cls, path: str, device: str | torch.device, flag: str) -> "ClipFeatures":
-        """From a hub name, or a folder with the model, its tokenizer and, where it has one, its preprocessor."""
+        """Reads a hub name, or a folder with the model, its tokenizer and, where it has one, its preprocessor."""
         from transformers import AutoTokenizer, CLIPModel
 
         network = load_whole(CLIPModel, path, "CLIP model", flag)
         tokenizer = load_component(AutoTokenizer.from_pretrained, path, "tokenizer", flag)
         settings = preprocessor_of(path)
         mean, std = settings.get("image_mean", CLIP_MEAN), settings.get("image_std", CLIP_STD)
-        return cls(network, f"CLIP {path}", network.config.vision_config.image_size, device, tokenizer, mean, std)
+        size = network.config.vision_config.image_size
+        return cls(network, f"CLIP {path}", size, device, tokenizer=tokenizer, mean=mean, std=std)
 
     def extract(self, pixels: Tensor) -> FeatureBatch:
         pixel_values = normalised(pixels, self.mean, self.std)
@@ -148,19 +149,20 @@ class ClipFeatures(Features):
 
 
 class OpenClipFeatures(ClipFeatures):
-    """The same through open_clip."""
+    """Image and text embeddings of open_clip's models."""
 
     kind = "open_clip"
 
     @classmethod
     def load(cls, path: str, device: str | torch.device, flag: str) -> "OpenClipFeatures":
-        """From a hub name, a folder with open_clip_config.json, or ARCHITECTURE:FILE."""
+        """Reads a hub name, a folder with open_clip_config.json, or ARCHITECTURE:FILE."""
         network: Any
         network, name = load_open_clip_model(path, flag)
         tokenizer = import_open_clip(flag).get_tokenizer(name)
         size, settings = network.visual.image_size, network.visual.preprocess_cfg
         size = size[0] if isinstance(size, tuple | list) else size
-        return cls(network, f"open_clip {path}", size, device, tokenizer, settings["mean"], settings["std"])
+        mean, std = settings["mean"], settings["std"]
+        return cls(network, f"open_clip {path}", size, device, tokenizer=tokenizer, mean=mean, std=std)
 
     def extract(self, pixels: Tensor) -> FeatureBatch:
         return FeatureBatch(self.network.encode_image(normalised(pixels, self.mean, self.std)), None)
@@ -175,18 +177,18 @@ class ClassifierFeatures(Features):
 
     kind = "classifier"
 
-    def __init__(self, network: nn.Module, title: str, size: int, device, mean, std):
+    def __init__(self, network: nn.Module, title: str, size: int, device, *, mean, std):
         self.mean, self.std = tuple(mean), tuple(std)
         super().__init__(network, title, size, device)
 
     @classmethod
     def load(cls, path: str, device: str | torch.device, flag: str) -> "ClassifierFeatures":
-        """From a folder, or for those of transformers also a hub name."""
+        """Reads a folder, or a hub name of a classifier of transformers."""
         config = Path(path) / "config.json"
         if config.is_file() and read_json(config).get("_class_name") == ImageClassifier.__name__:
             ours = load_component(ImageClassifier.from_pretrained, path, "classifier", flag)
             half = (0.5, 0.5, 0.5)  # [0, 1] -> [-1, 1]
-            return cls(ours, f"classifier {path}", ours.config.resolution, device, half, half)
+            return cls(ours, f"classifier {path}", ours.config.resolution, device, mean=half, std=half)
         from transformers import AutoModelForImageClassification
         from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -196,7 +198,8 @@ class ClassifierFeatures(Features):
         size = size if isinstance(size, int) else size.get("height") or size.get("shortest_edge")
         size = size or getattr(network.config, "image_size", None) or 224
         mean = settings.get("image_mean", IMAGENET_DEFAULT_MEAN)
-        return cls(network, f"classifier {path}", size, device, mean, settings.get("image_std", IMAGENET_DEFAULT_STD))
+        std = settings.get("image_std", IMAGENET_DEFAULT_STD)
+        return cls(network, f"classifier {path}", size, device, mean=mean, std=std)
 
     def extract(self, pixels: Tensor) -> FeatureBatch:
         images = normalised(pixels, self.mean, self.std)

@@ -45,7 +45,7 @@ NO_CLIP = "needs CLIP features (--features clip:... or open_clip:...)"
 NO_CLASSES = "needs features of a classifier or Inception: CLIP has no classes"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evidence:
     """All that a metric may look at, in the features of one extractor."""
 
@@ -54,8 +54,8 @@ class Evidence:
     reference: Measured | None
     class_labels: Tensor | None  # (N,) that the samples were asked to show
     captions: list[str] | None  # that the samples were made for
-    training: Measured | None = None
-    held_out: Measured | None = None
+    training: Measured | None
+    held_out: Measured | None
 
     @property
     def features(self) -> Tensor:
@@ -69,9 +69,15 @@ Metric = Callable[[Evidence], Found]
 
 def gather(images: Images, found: Measured, extractor: Features, real: RealImages) -> Evidence:
     """The evidence of samples in the features of one extractor."""
-    sides = (real.of(name, extractor) for name in ("reference", "training_data", "held_out_data"))
-    reference, training, held_out = sides
-    return Evidence(extractor, found, reference, images.class_labels, images.captions, training, held_out)
+    return Evidence(
+        extractor=extractor,
+        samples=found,
+        reference=real.of("reference", extractor),
+        class_labels=images.class_labels,
+        captions=images.captions,
+        training=real.of("training_data", extractor),
+        held_out=real.of("held_out_data", extractor),
+    )
 
 
 def check_counts(names: list[str], extractor: Features, num_samples: int, num_reference: int | None) -> None:
@@ -237,6 +243,7 @@ class Neighbours:
     distances: list[float]
 
     def caption(self) -> str:
+        """What the picture of them shows, and at which distances."""
         where = "training images" if self.source == "training_data" else "images of the reference"
         reach = f"{self.distances[0]:.3g} to {self.distances[-1]:.3g}"
         return f"samples nearest to {where}, at distances of {reach} in {self.features}"

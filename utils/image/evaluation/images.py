@@ -46,7 +46,7 @@ class Images:
             ) from reason
 
     def name(self, row: int) -> str:
-        """A file name or a row's number."""
+        """The name of a row's file, or the number of the row."""
         value = self.values[row]
         path = value.get("path") if isinstance(value, dict) else value
         return os.path.basename(path) if isinstance(path, str | Path) else f"number {row}"
@@ -80,6 +80,7 @@ class Images:
         return height
 
     def count(self, what: str) -> None:
+        """Counts one more image that was converted so."""
         self.seen[what] = self.seen.get(what, 0) + 1
 
     def fault_of_size(self, row: int, width: int, height: int, resolution: int, same_size: bool) -> str:
@@ -107,7 +108,7 @@ def cropped_and_resized(image: np.ndarray, resolution: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a dataset to read; None for those that are not wanted or, of images, told by themselves."""
+    """Which columns of a dataset to read; None for one that is not wanted, and for the only column of images."""
 
     image: str | None = None
     label: str | None = None
@@ -124,7 +125,7 @@ def open_images(what: str, split: str, flag: str, columns: Columns, max_images: 
     try:
         dataset = open_image_dataset(what, None, None, split=split)
         found = resolve_columns(dataset, columns.image, columns.caption, columns.label)
-        identity = dataset_identity(dataset, what, None, None, split, None)
+        identity = dataset_identity(dataset, what, None, None, split, revision=None)
     except UserError as error:  # the readers know the flags of training
         message = str(error).replace("--dataset_name", flag).replace("--dataset_split", f"{flag}_split")
         raise UserError(message.replace("--train_data_dir", flag)) from error
@@ -136,7 +137,7 @@ def open_images(what: str, split: str, flag: str, columns: Columns, max_images: 
     if found.caption:
         captions = [normalise_captions(value)[0] for value in chosen[found.caption]]
     identity = {"data": identity, "column": found.image, "rows": [len(rows), len(dataset)]}
-    return Images(f"{what} ({split})", flag, identity, chosen[found.image], labels, captions)
+    return Images(f"{what} ({split})", flag, identity, chosen[found.image], class_labels=labels, captions=captions)
 
 
 def open_samples(folder: Path, flag: str, max_images: int | None) -> Images:
@@ -156,8 +157,8 @@ def open_samples(folder: Path, flag: str, max_images: int | None) -> Images:
         flag,
         {"data": lines},
         list(map(str, paths)),
-        None if None in labels else torch.tensor(labels),
-        None if None in prompts else prompts,
+        class_labels=None if None in labels else torch.tensor(labels),
+        captions=None if None in prompts else prompts,
     )
 
 

@@ -36,7 +36,7 @@ class Measured:
 def measure(
     images: Images, extractors: list[Features], resolution: int, batch_size: int, same_size: bool
 ) -> list[Measured]:
-    """What each of the extractors says of all the images, which are read once."""
+    """Features and logits of all images by each of the extractors; the images are read once."""
     features: list[list[Tensor]] = [[] for _ in extractors]
     logits: list[list[Tensor]] = [[] for _ in extractors]
     images.seen.clear()
@@ -55,8 +55,8 @@ def measure(
             extractor.name,
             resolution,
             len(images),
-            torch.cat(features[i]),
-            torch.cat(logits[i]) if logits[i] else None,
+            features=torch.cat(features[i]),
+            logits=torch.cat(logits[i]) if logits[i] else None,
             seen=dict(images.seen),
         )
         for i, extractor in enumerate(extractors)
@@ -127,7 +127,7 @@ def load_measured(path: Path, extractor: Features, flag: str) -> Measured:
         extractor.name,
         int(metadata["resolution"]),
         int(metadata["count"]),
-        tensors.get("features"),
+        features=tensors.get("features"),
         statistics=statistics,
         seen=json.loads(metadata["seen"]),
         path=str(path),
@@ -156,6 +156,7 @@ class RealImages:
         sources: dict[str, Images],
         statistics_file: str | None,
         extractors: list[Features],
+        *,
         batch_size: int,
         folder: Path,
     ):
@@ -183,11 +184,11 @@ class RealImages:
             self.measured["reference"] = found
 
     def of(self, name: str, extractor: Features) -> Measured | None:
-        """What the extractor says of a source; None where there is no such source, or no such features of it."""
+        """Features of a source by an extractor; None where there is no such source, or no such features of it."""
         found = [each for each in self.measured.get(name, []) if each.features_name == extractor.name]
         return found[0] if found else None
 
     def notes(self) -> list[str]:
-        """What was converted."""
+        """Sentences on what was converted in the images of each source."""
         each_first = {name: found[0] for name, found in self.measured.items()}
         return [note for name, first in each_first.items() for note in conversions(name, first.count, first.seen)]

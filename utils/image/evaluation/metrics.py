@@ -45,7 +45,7 @@ class Statistics:
 
     @classmethod
     def of(cls, features: Tensor, name: str = "") -> "Statistics":
-        """Of features (N, D), N at least 2; unbiased covariance. Raises ValueError for anything else."""
+        """Mean and unbiased covariance of features (N, D), N at least 2. Raises ValueError for anything else."""
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(f"expected features (N, D) of at least two samples, found {tuple(features.shape)}")
         values = features.double().cpu()
@@ -144,7 +144,7 @@ def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def squared_mmd(
-    samples: Tensor, reference: Tensor, kernel: Kernel, parts: Tensor, unbiased: bool, block: int = 1000
+    samples: Tensor, reference: Tensor, kernel: Kernel, parts: Tensor, *, unbiased: bool, block: int = 1000
 ) -> list[float]:
     """Squared MMD between each of the parts (R, N) bool of the samples (N, D) and the reference (M, D).
 
@@ -185,7 +185,7 @@ def kid_figure(samples: Tensor, reference: Tensor) -> Figure:
     of_subsets = 1.96 * float(measured[KEY_METRIC_KID_STD]) / KID_SUBSETS**0.5
     reach = float(np.hypot(figure.high - figure.value, of_subsets))
     note = f"{KID_SUBSETS} subsets of {size}"
-    return Figure(figure.value, figure.value - reach, figure.value + reach, len(samples), HALF_SAMPLING, note)
+    return Figure(figure.value, figure.value - reach, figure.value + reach, len(samples), HALF_SAMPLING, note=note)
 
 
 def cmmd_figure(samples: Tensor, reference: Tensor) -> Figure:
@@ -194,7 +194,8 @@ def cmmd_figure(samples: Tensor, reference: Tensor) -> Figure:
     samples, reference = (torch.nn.functional.normalize(each, dim=1) for each in chosen)
     whole = torch.ones(1, len(samples), dtype=torch.bool)
     parts = torch.cat([whole, random_halves(len(samples))])
-    value, *halves = (CMMD_SCALE * each for each in squared_mmd(samples, reference, gaussian_kernel, parts, False))
+    distances = squared_mmd(samples, reference, gaussian_kernel, parts, unbiased=False)
+    value, *halves = (CMMD_SCALE * each for each in distances)
     return half_sampling_figure(value, halves, len(samples), f"against {len(reference)}", lowest=0)
 
 
