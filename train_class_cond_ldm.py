@@ -1,7 +1,8 @@
 """Trains a class-conditional or unconditional latent diffusion model from scratch.
 
     accelerate launch train_class_cond_ldm.py --latents_dir cache --output_dir runs/mine --model dit --model_size B/2
-    accelerate launch train_class_cond_ldm.py --config configs/cifar10_unet.yaml --dataset_name uoft-cs/cifar10 ...
+    accelerate launch train_class_cond_ldm.py --config configs/image/cifar10_unet.yaml \\
+        --dataset_name uoft-cs/cifar10 ...
 
 From a latent cache (see precompute_latents.py), or from a dataset, whose cache is then made first. Leaves a run's
 folder that sample.py and diffusers load.

@@ -1,7 +1,8 @@
 """Trains a text-to-image latent diffusion model from scratch.
 
     accelerate launch train_text_to_image_ldm.py --latents_dir cache --output_dir runs/mine --model dit
-    accelerate launch train_text_to_image_ldm.py --config configs/text_to_image_32gb.yaml --train_data_dir photos ...
+    accelerate launch train_text_to_image_ldm.py --config configs/image/text_to_image_32gb.yaml \\
+        --train_data_dir photos ...
 
 From a latent cache (see precompute_latents.py), or from a dataset, whose cache is then made first. Leaves a run's
 folder that sample.py and diffusers load.

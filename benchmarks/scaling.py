@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --num_processes 1 --batch_sizes 64 128 256 --sides 32 --memory_cap_gb 32 \\
-        -- --config configs/text_to_image_32gb.yaml
+        -- --config configs/image/text_to_image_32gb.yaml
 
 What stands behind `--` goes to `train_text_to_image_ldm.py`. Each figure is of a process of its own, from a cache of
 random numbers with captions of CLIP-L's shape; several processes have a batch each.

@@ -89,7 +89,9 @@ def main() -> None:
     parser.add_argument("--reference", required=True, help="Real images: those that the cache was not made of.")
     parser.add_argument("--reference_split", default="test", help="Of --reference.")
     parser.add_argument("--classifier", type=Path, required=True, help="Of benchmarks/train_classifier.py.")
-    parser.add_argument("--model_config", type=Path, default=ROOT / "configs" / "demo_dit.yaml", help="Over DiT-S/2.")
+    parser.add_argument(
+        "--model_config", type=Path, default=ROOT / "configs" / "demo" / "dit.yaml", help="Over DiT-S/2."
+    )
     parser.add_argument("--minutes", type=float, default=2.0, help="Of each training.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Trainings of each recipe.")
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES), help="Which ones.")

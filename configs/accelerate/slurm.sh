@@ -15,6 +15,6 @@ export MASTER_PORT=29500
 srun bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID
     export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
-    exec .venv/bin/python train_text_to_image_ldm.py --config configs/text_to_image_32gb.yaml \
+    exec .venv/bin/python train_text_to_image_ldm.py --config configs/image/text_to_image_32gb.yaml \
         --latents_dir cache/photos --output_dir runs/photos --mixed_precision bf16 --resume_from_checkpoint latest
 '
