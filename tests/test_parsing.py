@@ -18,6 +18,7 @@ from utils.args.parsing import (
     parse_with_config,
     positive_float,
     positive_int,
+    typed_value,
 )
 from utils.errors import UserError
 from utils.training.optimizers import LR_SCHEDULES, learning_rate_at, set_learning_rate
@@ -346,3 +347,14 @@ def test_set_learning_rate_sets_every_group():
     optimizer = torch.optim.AdamW([{"params": weights[:1]}, {"params": weights[1:], "lr": 7.0}], lr=1.0)
     set_learning_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [([], None), (["--name"], None), (["--name", "a"], "a"), (["--name=a", "--seed", "1"], "a"),
+     (["--name", "a", "--name", "b"], "b"), (["--seed", "1"], None)],
+    ids=str,
+)  # fmt: skip
+def test_a_flag_is_read_before_the_others_are_declared(monkeypatch, words, value):
+    monkeypatch.setattr(sys, "argv", ["script.py", *words])
+    assert typed_value("name") == value

@@ -8,6 +8,7 @@ import os
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -100,8 +101,8 @@ def peek(parser: ArgumentParser, name: str) -> Any:
 
 def typed_value(name: str) -> str | None:
     """What stands behind a flag on the command line, the last time that it is there."""
-    found, words = None, sys.argv[1:]
-    for word, following in zip(words, [*words[1:], None], strict=True):
+    found = None
+    for word, following in zip_longest(sys.argv[1:], sys.argv[2:]):
         if word == f"--{name}":
             found = following
         elif word.startswith(f"--{name}="):
