@@ -47,7 +47,7 @@ MODALITIES = {
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modality", choices=list(MODALITIES), default="image", help="What is judged.")
+    parser.add_argument("--modality", choices=list(MODALITIES), default="image", help="Kind of samples to evaluate.")
     add_args, check_args = MODALITIES[peek(parser, "modality")]
     add_args(parser)
     args = parse_with_config(parser)

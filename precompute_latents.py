@@ -27,7 +27,7 @@ def add_image_args(parser: argparse.ArgumentParser) -> None:
         "--mixed_precision",
         choices=["no", "fp16", "bf16"],
         default=None,
-        help="Autocast of the VAE. Default: what accelerate's config says.",
+        help="Autocast precision of the VAE. Default: the setting of accelerate.",
     )
     input_args.add_dataset_args(parser)
     text.add_condition_args(parser)
@@ -37,9 +37,9 @@ def add_image_args(parser: argparse.ArgumentParser) -> None:
         "--num_parts",
         type=positive_int,
         default=1,
-        help="Make one part of a cache that is too large for one disk; training reads a part on each machine.",
+        help="Number of parts of a cache that is too large for one disk; in training, each machine reads a part.",
     )
-    group.add_argument("--part_index", type=non_negative_int, default=0, help="Which part, from 0 on.")
+    group.add_argument("--part_index", type=non_negative_int, default=0, help="Index of the part to make, from 0 on.")
 
 
 def check_image_args(args: argparse.Namespace) -> None:
@@ -82,9 +82,9 @@ MODALITIES = {
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modality", choices=list(MODALITIES), default="image", help="What the dataset holds.")
+    parser.add_argument("--modality", choices=list(MODALITIES), default="image", help="Kind of data in the dataset.")
     parser.add_argument(
-        "--latents_dir", "--output_dir", default=None, help="Folder of the latent cache: new, unfinished or finished."
+        "--latents_dir", "--output_dir", default=None, help="Folder of the latent cache. An unfinished one is resumed."
     )
     parser.add_argument("--seed", type=non_negative_int, default=0, help="Seed of random crops and translations.")
     add_args, check_args = MODALITIES[peek(parser, "modality")]

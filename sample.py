@@ -25,7 +25,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args_requests.add_request_args(parser)
     parser.add_argument(
-        "--num_images_per_prompt", type=positive_int, default=4, help="Images for each prompt or label."
+        "--num_images_per_prompt", type=positive_int, default=4, help="Number of images per prompt or label."
     )
     crystal_args.add_crystal_request_args(parser)
     expression_args.add_expression_request_args(parser)

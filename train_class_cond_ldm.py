@@ -29,17 +29,20 @@ def parse_args() -> argparse.Namespace:
         "--unconditional",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="Use no labels, even if there are some.",
+        help="Train without labels, even if the data have some.",
     )
     parser.add_argument(
-        "--cond_drop_prob", type=fraction, default=0.1, help="Share of labels dropped, for classifier-free guidance."
+        "--cond_drop_prob",
+        type=fraction,
+        default=0.1,
+        help="Probability of dropping the label, for classifier-free guidance.",
     )
     parser.add_argument(
         "--validation_labels",
         nargs="+",
         type=non_negative_int,
         default=None,
-        help="Labels that are sampled on the way; the first ten by default.",
+        help="Class labels to sample during training. Default: the first ten.",
     )
     shared.add_run_args(parser)
     args_model.add_model_args(parser)

@@ -24,7 +24,8 @@ def parse_args() -> argparse.Namespace:
         "--vae_size",
         choices=["fast", "small", "base", "sd"],
         default="small",
-        help="fast, small: 4 x downsampling; base, sd (84M, Stable Diffusion's): 8 x; all 4 latent channels.",
+        help="Size. fast, small: downsampling by 4; base, sd (84M, Stable Diffusion's): by 8. All have 4 latent "
+        "channels.",
     )
     vae_args.add_vae_loss_args(parser)
     vae_args.add_discriminator_args(parser)

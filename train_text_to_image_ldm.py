@@ -25,9 +25,12 @@ def parse_args() -> argparse.Namespace:
         "--latents_dir", default=None, help="Latent cache. Default with a dataset: OUTPUT_DIR/latents."
     )
     parser.add_argument(
-        "--cond_drop_prob", type=fraction, default=0.1, help="Share of captions dropped, for classifier-free guidance."
+        "--cond_drop_prob",
+        type=fraction,
+        default=0.1,
+        help="Probability of dropping the caption, for classifier-free guidance.",
     )
-    parser.add_argument("--validation_prompts", nargs="+", default=None, help="Prompts that are sampled on the way.")
+    parser.add_argument("--validation_prompts", nargs="+", default=None, help="Prompts to sample during training.")
     shared.add_run_args(parser)
     args_model.add_model_args(parser)
     shared.add_lora_args(parser)

@@ -14,13 +14,14 @@ def add_column_condition_args(parser: ArgumentParser, help_of_condition: str) ->
         nargs="+",
         default=None,
         metavar="KIND[:COLUMN]",
-        help=f"{help_of_condition}; several at once. Default: unconditional.",
+        help=f"Conditions of the denoiser: {help_of_condition}; several may be given. Default: unconditional.",
     )
     group.add_argument(
         "--cond_drop_prob",
         type=fraction,
         default=0.1,
-        help="Share of samples that are told nothing; of several conditions each is dropped by itself as often too.",
+        help="Probability of dropping all conditions of a sample, for classifier-free guidance; each of several "
+        "conditions is also dropped alone with this probability.",
     )
 
 

@@ -16,8 +16,8 @@ def add_sampler_args(parser: ArgumentParser) -> None:
         "--guidance_scale",
         type=non_negative_float,
         default=None,
-        help="1 = off. Default: 7.5 for images, 2 for crystals and with --guide_model; off for cells, and where "
-        "nothing is asked.",
+        help="Scale of classifier-free guidance; 1 is off. Default: 7.5 for images, 2 for crystals and with "
+        "--guide_model; off for cells, and without a condition.",
     )
     group.add_argument(
         "--guidance_interval",
@@ -25,33 +25,38 @@ def add_sampler_args(parser: ArgumentParser) -> None:
         metavar=("START", "END"),
         type=fraction,
         default=[0.0, 1.0],
-        help="Shares of the timesteps, 0 = clean, 1 = noise, between which guidance is on. Default: always.",
+        help="Interval of the timesteps with guidance, as fractions: 0 is clean, 1 is noise. Default: all timesteps.",
     )
     group.add_argument(
         "--guidance_rescale",
         type=fraction,
         default=0.0,
-        help="How far the guided prediction's std goes back to the unguided one's; 0 = off, 1 = all the way.",
+        help="How far to rescale the std of the guided prediction to that of the conditional one; 0 is off, 1 is all "
+        "the way.",
     )
     group.add_argument(
         "--guide_model",
         default=None,
-        help="A weaker run, or an earlier checkpoint, that guidance leads away from (autoguidance).",
+        help="Weaker run, or earlier checkpoint, to guide away from (autoguidance).",
     )
-    group.add_argument("--num_inference_steps", type=positive_int, default=50, help="Steps of the sampler.")
-    group.add_argument("--scheduler", choices=SCHEDULERS, default=None, help="Default: DDIM, or Euler for flow.")
+    group.add_argument("--num_inference_steps", type=positive_int, default=50, help="Number of denoising steps.")
+    group.add_argument(
+        "--scheduler", choices=SCHEDULERS, default=None, help="Sampler. Default: ddim, or flow_euler for flow."
+    )
     group.add_argument(
         "--ema_sigma_rel",
         type=positive_float,
         default=None,
-        help="Sample EDM2's average of this relative width, made of the snapshots that --ema_sigma_rels kept.",
+        help="Sample with EDM2's EMA of this relative width, reconstructed from the snapshots of --ema_sigma_rels.",
     )
-    group.add_argument("--seed", type=non_negative_int, default=0, help="Seed of the first sample.")
     group.add_argument(
-        "--batch_size", type=positive_int, default=16, help="Samples made at once. Default of cells: 1024."
+        "--seed", type=non_negative_int, default=0, help="Seed of the first sample; sample i has seed SEED + i."
     )
-    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Autocast.")
-    group.add_argument("--device", default=None, help="cuda, cpu, ... Default: cuda where there is one.")
+    group.add_argument(
+        "--batch_size", type=positive_int, default=16, help="Number of samples in a batch. Default for cells: 1024."
+    )
+    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Autocast precision.")
+    group.add_argument("--device", default=None, help="Device such as cuda or cpu. Default: cuda if available.")
 
 
 def add_speed_args(parser: ArgumentParser) -> None:
@@ -61,13 +66,13 @@ def add_speed_args(parser: ArgumentParser) -> None:
         "--torch_compile",
         action=BooleanOptionalAction,
         default=False,
-        help="Compile the denoiser: the first batch takes a minute longer, the others less.",
+        help="Compile the denoiser with torch.compile: the first batch takes a minute longer, later ones are faster.",
     )
     group.add_argument(
         "--fuse_qkv_projections",
         action=BooleanOptionalAction,
         default=False,
-        help="Of a U-Net: queries, keys and values by one product of matrices. Changes rounding only.",
+        help="Compute queries, keys and values of a U-Net in one matrix product; results change by rounding only.",
     )
 
 

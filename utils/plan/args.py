@@ -20,20 +20,32 @@ OF_CACHE = ("latent_channels", "vae_factor", "sequence_length", "text_width", "n
 def add_plan_args(parser: ArgumentParser) -> set[str]:
     """What a plan asks for; returns the names, which no trainer has."""
     group = parser.add_argument_group("plan")
-    group.add_argument("--hours", type=positive_float, default=None, help="Wall-clock hours that training may take.")
-    group.add_argument("--trainer", choices=[*ONLY], default=None, help="Default: what the other flags tell.")
-    group.add_argument("--dataset_size", type=positive_int, default=None, help="Images; default: those of the cache.")
+    group.add_argument("--hours", type=positive_float, default=None, help="Wall-clock hours for training.")
+    group.add_argument(
+        "--trainer", choices=[*ONLY], default=None, help="Trainer to plan for. Default: inferred from the other flags."
+    )
+    group.add_argument(
+        "--dataset_size", type=positive_int, default=None, help="Number of images. Default: those of the cache."
+    )
     group.add_argument(
         "--effective_batch_size",
         type=positive_int,
         default=None,
-        help="Samples an optimizer step. Default: --train_batch_size times --gradient_accumulation_steps.",
+        help="Samples per optimizer step. Default: --train_batch_size times --gradient_accumulation_steps.",
     )
     group.add_argument(
-        "--max_micro_batch_size", type=positive_int, default=None, help="Largest micro-batch tried. Default: all."
+        "--max_micro_batch_size",
+        type=positive_int,
+        default=None,
+        help="Largest micro-batch to try. Default: no limit.",
     )
-    group.add_argument("--memory_margin", type=fraction, default=0.1, help="Share of the memory that is left free.")
-    group.add_argument("--memory_gb", type=positive_float, default=None, help="Plan as if there were so many GB.")
+    group.add_argument("--memory_margin", type=fraction, default=0.1, help="Fraction of the memory to leave free.")
+    group.add_argument(
+        "--memory_gb",
+        type=positive_float,
+        default=None,
+        help="Plan for this much memory in GB, instead of what the machine has.",
+    )
     group.add_argument("--measure_seconds", type=positive_float, default=20.0, help="Seconds of training to measure.")
     group.add_argument(
         "--measure_precompute",
@@ -41,25 +53,40 @@ def add_plan_args(parser: ArgumentParser) -> set[str]:
         default=False,
         help="Also load the VAE, and the text encoder for captions, and time them.",
     )
-    group.add_argument("--output_config", default="plan.yaml", metavar="FILE.yaml", help="Where the config goes.")
+    group.add_argument(
+        "--output_config", default="plan.yaml", metavar="FILE.yaml", help="File to write the config to."
+    )
     group.add_argument("--latent_channels", type=positive_int, default=4, help="Channels of the VAE's latents.")
-    group.add_argument("--vae_factor", type=positive_int, default=8, help="Pixels of a side for each of the latents.")
-    group.add_argument("--sequence_length", type=positive_int, default=77, help="Tokens of a caption.")
-    group.add_argument("--text_width", type=positive_int, default=768, help="Width of the text encoder's states.")
-    group.add_argument("--num_classes", type=positive_int, default=1000, help="Classes of a class-conditional model.")
+    group.add_argument("--vae_factor", type=positive_int, default=8, help="Downsampling factor of the VAE.")
+    group.add_argument("--sequence_length", type=positive_int, default=77, help="Number of tokens per caption.")
+    group.add_argument(
+        "--text_width", type=positive_int, default=768, help="Width of the text encoder's hidden states."
+    )
+    group.add_argument(
+        "--num_classes", type=positive_int, default=1000, help="Number of classes of a class-conditional model."
+    )
     return {action.dest for action in group._group_actions}
 
 
 def add_trainer_args(parser: ArgumentParser) -> None:
     """The flags that the trainers declare for themselves."""
     group = parser.add_argument_group("trainer")
-    group.add_argument("--latents_dir", default=None, help="Latent cache: its shapes and its size are the plan's.")
-    group.add_argument("--cond_drop_prob", type=fraction, default=0.1, help="Share of conditions dropped.")
-    group.add_argument("--validation_prompts", nargs="+", default=None, help="Prompts that are sampled on the way.")
+    group.add_argument("--latents_dir", default=None, help="Latent cache from which the plan takes shapes and size.")
     group.add_argument(
-        "--validation_labels", nargs="+", type=non_negative_int, default=None, help="Labels sampled on the way."
+        "--cond_drop_prob",
+        type=fraction,
+        default=0.1,
+        help="Probability of dropping the condition, for classifier-free guidance.",
     )
-    group.add_argument("--unconditional", action=BooleanOptionalAction, default=False, help="Use no labels.")
+    group.add_argument("--validation_prompts", nargs="+", default=None, help="Prompts to sample during training.")
+    group.add_argument(
+        "--validation_labels",
+        nargs="+",
+        type=non_negative_int,
+        default=None,
+        help="Class labels to sample during training.",
+    )
+    group.add_argument("--unconditional", action=BooleanOptionalAction, default=False, help="Train without labels.")
 
 
 def check_plan_args(args: Namespace) -> None:

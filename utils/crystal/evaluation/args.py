@@ -26,7 +26,7 @@ def add_crystal_evaluation_args(parser: ArgumentParser) -> None:
     crystal_args.add_crystal_request_args(parser)
     num_samples = next(action for action in parser._actions if action.dest == "num_samples")
     num_samples.default = None  # sample.py makes that many of each request
-    num_samples.help = f"Crystals in all. Default: all there are; {DEFAULT_CRYSTALS_OF_A_RUN} of a run."
+    num_samples.help = f"Number of crystals. Default: all of --samples, or {DEFAULT_CRYSTALS_OF_A_RUN} from --model."
     add_reference_request_args(parser)
     sample_args.add_sampler_args(parser)
 
@@ -35,19 +35,21 @@ def add_crystal_comparison_args(parser: ArgumentParser) -> None:
     """Which crystals are compared with which."""
     group = parser.add_argument_group("crystals; without --samples, --model is sampled")
     sources = "a folder of CIF files, .parquet or .csv file, or hub dataset"
-    group.add_argument("--model", default=None, help="A run's folder or a checkpoint, which is sampled.")
-    group.add_argument("--samples", default=None, help=f"What is judged: a folder of sample.py, {sources}.")
-    group.add_argument("--samples_split", default=None, help="Split of --samples, if it has some.")
-    group.add_argument("--reference", default=None, help=f"Real crystals that the run never saw: {sources}. Required.")
-    group.add_argument("--reference_split", default="test", help="Split of --reference, if it has some.")
+    group.add_argument("--model", default=None, help="Folder of a run, or a checkpoint, to sample.")
+    group.add_argument("--samples", default=None, help=f"Crystals to evaluate: output folder of sample.py, {sources}.")
+    group.add_argument("--samples_split", default=None, help="Split of --samples, if it has splits.")
+    group.add_argument(
+        "--reference", default=None, help=f"Real crystals that the run was not trained on: {sources}. Required."
+    )
+    group.add_argument("--reference_split", default="test", help="Split of --reference, if it has splits.")
     group.add_argument(
         "--training_data",
         default=None,
-        help="Crystals the run was trained on: for novelty, coverage, distributions, the regressor of properties and "
+        help="Crystals that the run was trained on, for novelty, coverage, distributions, the property regressor and "
         "the hull of energies.",
     )
-    group.add_argument("--training_data_split", default="train", help="Split of --training_data, if it has some.")
-    group.add_argument("--max_atoms", type=positive_int, default=20, help="Real crystals with more are left out.")
+    group.add_argument("--training_data_split", default="train", help="Split of --training_data, if it has splits.")
+    group.add_argument("--max_atoms", type=positive_int, default=20, help="Leave out real crystals with more atoms.")
 
 
 def add_crystal_measurement_args(parser: ArgumentParser) -> None:
@@ -57,48 +59,51 @@ def add_crystal_measurement_args(parser: ArgumentParser) -> None:
         "--calculator",
         default=None,
         metavar="PACKAGE.MODULE:FACTORY",
-        help="A function of yours that returns an ASE calculator: energies above the hull of the training crystals.",
+        help="Your function that returns an ASE calculator, for energies above the hull of the training crystals.",
     )
     group.add_argument(
         "--num_match_processes",
         type=positive_int,
         default=min(8, os.cpu_count() or 1),
-        help="Processes that match structures.",
+        help="Number of processes that match structures.",
     )
     group.add_argument(
         "--match_timeout",
         type=positive_float,
         default=30.0,
-        help="Seconds for a pair of structures; what takes longer counts as different.",
+        help="Seconds after which the match of a pair of structures is given up; the pair then counts as different.",
     )
     group.add_argument(
         "--sweep",
         nargs="+",
         metavar=("NAME", "VALUE"),
         default=None,
-        help="Sample --model once for each value: guidance_scale, num_inference_steps or ema_sigma_rel.",
+        help="Sample --model once for each value of a flag: guidance_scale, num_inference_steps or ema_sigma_rel, as "
+        "in 'guidance_scale 1 2 4'.",
     )
     group.add_argument(
-        "--output_dir", default=None, help="New or empty folder. Default: MODEL/evaluated/NUMBER or runs/evaluated/..."
+        "--output_dir",
+        default=None,
+        help="New or empty folder. Default: MODEL/evaluated/NUMBER, or runs/evaluated/NUMBER with --samples.",
     )
 
 
 def add_reference_request_args(parser: ArgumentParser) -> None:
     """Requests that only an evaluation can judge."""
-    group = parser.add_argument_group("requests that are judged by real crystals")
+    group = parser.add_argument_group("conditions from real crystals")
     group.add_argument(
         "--compositions_from_reference",
         action=BooleanOptionalAction,
         default=False,
-        help="Ask for the formula and the number of atoms of each reference crystal, once, and match the two.",
+        help="Sample one crystal for the formula and number of atoms of each reference crystal, and match the two.",
     )
     group.add_argument(
         "--property_targets",
         nargs="+",
         default=None,
         metavar=("NAME", "VALUE"),
-        help="Ask for these values of a property, as many samples each: 'band_gap 0.5 1 2'. What the samples have is "
-        "predicted by a regressor trained on --training_data.",
+        help="Sample for each of these values of a property, equally often, as in 'band_gap 0.5 1 2'. A regressor "
+        "trained on --training_data predicts the values of the samples.",
     )
 
 

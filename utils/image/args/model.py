@@ -29,31 +29,36 @@ def check_routing_args(args: Namespace) -> None:
 def add_model_args(parser: ArgumentParser) -> None:
     """The denoiser."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=["unet", "dit"], default="unet", help="UNet2DConditionModel or DiT.")
+    group.add_argument(
+        "--model", choices=["unet", "dit"], default="unet", help="Denoiser: UNet2DConditionModel (unet) or DiT (dit)."
+    )
     group.add_argument(
         "--model_size",
         default=None,
-        help="U-Net: tiny, cifar10, base (314M), sd-v1, sd-v2, ldm-kl-8. DiT: S/2, B/4, XL/8, ... (size/patch), or "
-        "plain-S/2, ... with the blocks of the DiT paper. Default: base, B/2.",
+        help="Preset. unet: tiny, cifar10, base (314M), sd-v1, sd-v2, ldm-kl-8. dit: S/2, B/4, XL/8, ... "
+        "(size/patch), or plain-S/2, ... with the blocks of the DiT paper. Default: base or B/2.",
     )
     group.add_argument(
         "--model_config",
         default=None,
         metavar="FILE",
-        help="JSON or YAML of the model's own arguments, over --model_size.",
+        help="YAML or JSON file of the model's own arguments, which override --model_size.",
     )
     group.add_argument(
-        "--gradient_checkpointing", action=BooleanOptionalAction, default=False, help="Less memory, slower."
+        "--gradient_checkpointing",
+        action=BooleanOptionalAction,
+        default=False,
+        help="Recompute activations in the backward pass: less memory, slower steps.",
     )
     group.add_argument(
         "--enable_xformers_memory_efficient_attention",
         action=BooleanOptionalAction,
         default=False,
-        help="Attention by xformers (CUDA only).",
+        help="Use the memory-efficient attention of xformers (CUDA only).",
     )
     group.add_argument(
         "--tread_ratio",
         type=fraction,
         default=0.0,
-        help="Share of the tokens that skip the middle blocks of a DiT while it trains; 0.5 is usual, 0 is off.",
+        help="Fraction of a DiT's tokens that skip the middle blocks in training (TREAD); 0.5 is usual, 0 is off.",
     )

@@ -10,16 +10,20 @@ from utils.errors import UserError
 
 def add_request_args(parser: ArgumentParser) -> None:
     """Which run, and what it is asked for."""
-    group = parser.add_argument_group("request")
+    group = parser.add_argument_group("model, prompts and labels")
     group.add_argument(
-        "--model", default=None, help="A run's folder or a checkpoint. Default: the newest run below runs/."
+        "--model", default=None, help="Folder of a run, or a checkpoint. Default: the newest run in runs/."
     )
-    group.add_argument("--prompt", action="append", default=None, help="What to draw; may be repeated.")
-    group.add_argument("--prompts_file", default=None, help="Text file with one prompt a line.")
+    group.add_argument("--prompt", action="append", default=None, help="Prompt; may be given several times.")
+    group.add_argument("--prompts_file", default=None, help="Text file with one prompt per line.")
+    group.add_argument("--negative_prompt", default=None, help="Prompt to guide away from, instead of the empty one.")
     group.add_argument(
-        "--negative_prompt", default=None, help="What guidance leads away from, instead of from nothing."
+        "--class_labels",
+        nargs="+",
+        type=non_negative_int,
+        default=None,
+        help="Class labels to sample. Default: every class.",
     )
-    group.add_argument("--class_labels", nargs="+", type=non_negative_int, default=None, help="Default: every class.")
 
 
 def check_request_args(args: Namespace) -> None:

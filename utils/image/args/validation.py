@@ -38,14 +38,19 @@ def add_validation_args(parser: ArgumentParser, what: str) -> None:
     """Pictures on the way."""
     group = parser.add_argument_group("validation")
     group.add_argument(
-        "--validation_steps", type=positive_int, default=1000, help=f"Steps between grids of validation {what}."
+        "--validation_steps",
+        type=positive_int,
+        default=1000,
+        help=f"Steps between image grids of the validation {what}.",
     )
     group.add_argument(
-        "--validation_guidance_scale", type=non_negative_float, default=4.0, help="Guidance of those grids."
+        "--validation_guidance_scale", type=non_negative_float, default=4.0, help="Guidance scale of these grids."
     )
-    group.add_argument("--num_validation_images", type=positive_int, default=4, help=f"Images for each of the {what}.")
     group.add_argument(
-        "--validation_inference_steps", type=positive_int, default=25, help="Sampler steps of those grids."
+        "--num_validation_images", type=positive_int, default=4, help=f"Number of images for each of the {what}."
+    )
+    group.add_argument(
+        "--validation_inference_steps", type=positive_int, default=25, help="Number of denoising steps of these grids."
     )
 
 
@@ -57,24 +62,31 @@ def add_evaluation_args(parser: ArgumentParser) -> None:
         "--eval_features",
         default=None,
         metavar="SPEC",
-        help="Also sample, and compare with the held-out images in these features: inception, inception:FILE, "
-        "clip:NAME_OR_FOLDER, open_clip:NAME_OR_FILE or classifier:FOLDER.",
+        help="Also sample in evaluations, and compare with the held-out images in these features: inception, "
+        "inception:FILE, clip:NAME_OR_FOLDER, open_clip:NAME_OR_FILE or classifier:FOLDER.",
     )
     group.add_argument(
-        "--eval_metric", choices=["kid", "fid"], default="kid", help="How; kid is unbiased however few samples."
+        "--eval_metric",
+        choices=["kid", "fid"],
+        default="kid",
+        help="Distance between samples and held-out images; KID is unbiased for any number of samples.",
     )
     group.add_argument(
         "--num_eval_images",
         type=positive_int,
         default=None,
-        help=f"Samples for it. Default: up to {DEFAULT_EVAL_IMAGES}.",
+        help=f"Number of samples to compare. Default: as many as held-out images, at most {DEFAULT_EVAL_IMAGES}.",
     )
     group.add_argument(
-        "--eval_guidance_scale", type=non_negative_float, default=1.0, help="Guidance of those samples; 1 is off."
+        "--eval_guidance_scale",
+        type=non_negative_float,
+        default=1.0,
+        help="Guidance scale of these samples; 1 is off.",
     )
     group.add_argument(
         "--best_metric",
         choices=["loss", "samples"],
         default="loss",
-        help="What OUTPUT_DIR/best has the lowest of: the validation loss, or the --eval_metric of samples.",
+        help="Metric whose lowest value selects the checkpoint in OUTPUT_DIR/best: the validation loss, or the "
+        "--eval_metric of samples.",
     )

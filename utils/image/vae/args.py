@@ -9,25 +9,28 @@ from utils.errors import UserError
 def add_vae_loss_args(parser: ArgumentParser) -> None:
     """What the autoencoder is pulled to."""
     group = parser.add_argument_group("losses")
-    group.add_argument("--reconstruction_loss", choices=["l1", "mse"], default="l1", help="Error per pixel value.")
+    group.add_argument(
+        "--reconstruction_loss", choices=["l1", "mse"], default="l1", help="Reconstruction error per pixel value."
+    )
     group.add_argument(
         "--gradient_weight",
         type=non_negative_float,
         default=0.0,
-        help="Weight of the multi-scale gradient loss: sharper edges without any network; 1 is usual.",
+        help="Weight of the multi-scale gradient loss, which sharpens edges without a pretrained network; 1 is usual.",
     )
     group.add_argument(
         "--lpips_weight",
         type=non_negative_float,
         default=0.0,
-        help="Weight of LPIPS, 1 in LDM; needs the package lpips and torchvision's weights.",
+        help="Weight of LPIPS (1 in LDM); needs the package lpips and torchvision's weights.",
     )
-    group.add_argument("--lpips_net", choices=["vgg", "alex"], default="vgg", help="Network of LPIPS; vgg in LDM.")
+    group.add_argument("--lpips_net", choices=["vgg", "alex"], default="vgg", help="Network of LPIPS (vgg in LDM).")
     group.add_argument(
         "--lpips_weights",
         default=None,
         metavar="FILE|FOLDER",
-        help="torchvision's weights of that network, vgg16-*.pth or alexnet-*.pth; by default they are downloaded.",
+        help="File or folder with torchvision's weights of that network, vgg16-*.pth or alexnet-*.pth. Default: "
+        "download them.",
     )
     group.add_argument(
         "--kl_weight",
@@ -36,7 +39,7 @@ def add_vae_loss_args(parser: ArgumentParser) -> None:
         help="Weight of the KL divergence per latent value, in nats.",
     )
     group.add_argument(
-        "--kl_warmup_steps", type=non_negative_int, default=0, help="Steps in which that weight rises from zero."
+        "--kl_warmup_steps", type=non_negative_int, default=0, help="Steps in which the KL weight rises from zero."
     )
 
 
@@ -47,32 +50,38 @@ def add_discriminator_args(parser: ArgumentParser) -> None:
         "--disc_start",
         type=non_negative_int,
         default=None,
-        help="Step from which a patch discriminator plays along; by default none does.",
+        help="Step at which the patch discriminator starts. Default: no discriminator.",
     )
     group.add_argument(
         "--disc_weight",
         type=positive_float,
         default=0.5,
-        help="Weight of its word, times VQGAN's adaptive weight.",
+        help="Weight of the adversarial loss, times VQGAN's adaptive weight.",
     )
-    group.add_argument("--disc_num_layers", type=positive_int, default=3, help="Strided layers: 3 see 70 x 70 pixels.")
-    group.add_argument("--disc_channels", type=positive_int, default=64, help="Channels of its first layer.")
+    group.add_argument(
+        "--disc_num_layers",
+        type=positive_int,
+        default=3,
+        help="Number of strided layers of the discriminator; 3 have a receptive field of 70 x 70 pixels.",
+    )
+    group.add_argument(
+        "--disc_channels", type=positive_int, default=64, help="Channels of the discriminator's first layer."
+    )
 
 
 def add_vae_validation_args(parser: ArgumentParser) -> None:
     """Images that are looked at and not trained on."""
     group = parser.add_argument_group("validation")
     group.add_argument(
-        "--validation_steps", type=positive_int, default=1000, help="Steps between looks at reconstructions."
+        "--validation_steps", type=positive_int, default=1000, help="Steps between validations of the reconstructions."
     )
-    group.add_argument(
-        "--validation_split", default=None, help="Split of the dataset whose images are reconstructed, test say."
-    )
+    group.add_argument("--validation_split", default=None, help="Split of the dataset to validate on, such as test.")
     group.add_argument(
         "--num_validation_images",
         type=positive_int,
         default=None,
-        help="How many of that split (default: all), or, without one, how many are kept out of training (default: 0).",
+        help="Number of validation images. With --validation_split: from that split (default: all). Without: held "
+        "out of training (default: 0).",
     )
     group.add_argument(
         "--eval_features",
@@ -84,7 +93,7 @@ def add_vae_validation_args(parser: ArgumentParser) -> None:
         "--num_statistics_samples",
         type=positive_int,
         default=10_000,
-        help="Training images that scaling and shift are measured on.",
+        help="Number of training images on which the latents' scaling and shift are measured.",
     )
 
 
