@@ -1,7 +1,7 @@
 #!/bin/bash
-# Two nodes of 8 GPUs under Slurm, one task a GPU. The tasks are the trainers themselves, with no launcher in between: the
-# SIGTERM that Slurm sends three minutes before the time is up reaches them, they write a checkpoint, and the job that is
-# queued again goes on from it.
+# Two nodes of 8 GPUs under Slurm, one task per GPU. The tasks are the trainers themselves, with no launcher in between. So the
+# SIGTERM that Slurm sends three minutes before the time limit reaches them, they write a checkpoint, and the requeued job
+# resumes from it.
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
