@@ -1,4 +1,4 @@
-"""Arguments of runs whose samples are no images: the model, its conditions, starting points. Imports no torch."""
+"""Flags of runs that are conditioned on columns of their data (crystals, cells). Imports no torch."""
 
 from argparse import ArgumentParser, Namespace
 
@@ -7,7 +7,7 @@ from utils.errors import UserError
 
 
 def add_column_condition_args(parser: ArgumentParser, help_of_condition: str) -> None:
-    """What the denoiser is told."""
+    """Adds the flags of the conditions; `help_of_condition` lists the kinds."""
     group = parser.add_argument_group("conditions")
     group.add_argument(
         "--condition",
@@ -26,7 +26,7 @@ def add_column_condition_args(parser: ArgumentParser, help_of_condition: str) ->
 
 
 def check_column_condition_args(args: Namespace) -> None:
-    """Refuses settings of conditions that are not there."""
+    """Refuses flags of conditions without --condition."""
     for name in ("cond_drop_prob", "validation_guidance_scale"):
         if name in args.typed and not args.condition:
             raise UserError(f"--{name} without --condition: the denoiser is told nothing; leave it out")
@@ -35,7 +35,8 @@ def check_column_condition_args(args: Namespace) -> None:
 def parse_conditions(
     texts: list[str] | None, kinds: tuple[str, ...], of_atoms: tuple[str, ...] = (), example: str = "band_gap"
 ) -> dict[str, str]:
-    """What --condition asks for: name -> kind, in a fixed order. Raises UserError for anything else."""
+    """The conditions that --condition names: name -> kind, sorted by name. Conditions `of_atoms` need no column.
+    Raises UserError for anything that is not among the `kinds`."""
     found: dict[str, str] = {}
     for text in texts or []:
         kind, _, column = text.partition(":")
@@ -55,7 +56,7 @@ def parse_conditions(
 
 
 def refuse_requests(args: Namespace, names: tuple[str, ...], reason: str) -> None:
-    """Raises UserError for flags of another kind of run."""
+    """Raises UserError, with the reason, for those of the flags `names` that were given."""
     for name in names:
         if name in args.given:
             raise UserError(f"--{name}: {reason}; leave it out")

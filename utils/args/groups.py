@@ -1,7 +1,6 @@
-"""Arguments that scripts share, in groups.
+"""Groups of flags that scripts share.
 
-Imports no torch: `--help` and every complaint about a flag come before anything heavy is loaded.
-"""
+Imports no torch: `--help` and every error about a flag come before anything heavy is loaded."""
 
 from argparse import ArgumentParser, BooleanOptionalAction
 
@@ -9,7 +8,7 @@ from utils.args.parsing import fraction, non_negative_float, non_negative_int, p
 
 
 def add_run_args(parser: ArgumentParser) -> None:
-    """Where a training writes, how long it runs, and how it goes on."""
+    """Adds the flags of a training run: output folder, length, batch size, precision, checkpoints, logs."""
     group = parser.add_argument_group("run")
     group.add_argument(
         "--output_dir", default=None, help="Folder of the run: checkpoints, logs, samples and the final model."
@@ -85,7 +84,7 @@ def add_run_args(parser: ArgumentParser) -> None:
 
 
 def add_lora_args(parser: ArgumentParser) -> None:
-    """Starting from a trained run."""
+    """Adds the flags of fine-tuning: the base run and LoRA adapters."""
     group = parser.add_argument_group("fine-tuning")
     group.add_argument(
         "--pretrained_model_name_or_path",
@@ -113,7 +112,7 @@ def add_lora_args(parser: ArgumentParser) -> None:
 
 
 def add_objective_args(parser: ArgumentParser) -> None:
-    """What is learnt."""
+    """Adds the flags of the objective: prediction target, noise schedule, loss weighting."""
     group = parser.add_argument_group("objective")
     group.add_argument(
         "--prediction_type",
@@ -173,7 +172,7 @@ def add_objective_args(parser: ArgumentParser) -> None:
 
 
 def add_optimizer_args(parser: ArgumentParser) -> None:
-    """How weights move."""
+    """Adds the flags of the optimizer and of the learning rate."""
     group = parser.add_argument_group("optimizer")
     group.add_argument("--learning_rate", type=positive_float, default=1e-4, help="Peak learning rate.")
     group.add_argument(
@@ -208,7 +207,7 @@ def add_optimizer_args(parser: ArgumentParser) -> None:
 
 
 def add_ema_args(parser: ArgumentParser) -> None:
-    """The moving average that samples and the exported model come from."""
+    """Adds the flags of the moving average that samples and the exported model come from."""
     group = parser.add_argument_group("ema")
     group.add_argument(
         "--use_ema",
@@ -222,7 +221,7 @@ def add_ema_args(parser: ArgumentParser) -> None:
 
 
 def add_power_ema_args(parser: ArgumentParser) -> None:
-    """Averages whose length is chosen after training."""
+    """Adds the flags of EDM2's averages, whose length is chosen after training."""
     group = parser.add_argument_group("power-function ema")
     group.add_argument(
         "--ema_sigma_rels",
@@ -241,7 +240,7 @@ def add_power_ema_args(parser: ArgumentParser) -> None:
 
 
 def add_validation_loss_args(parser: ArgumentParser) -> None:
-    """The loss on latents that are not trained on, and what hangs on it."""
+    """Adds the flags of the validation loss on held-out latents, and of early stopping."""
     group = parser.add_argument_group("evaluation")
     group.add_argument(
         "--eval_steps",

@@ -1,4 +1,4 @@
-"""What a row of the table of modalities says. Imports no torch."""
+"""The row of a modality in the table of modalities. Imports no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,11 @@ class Modality:
     autoencoder: str  # the class by which a run's folder is told; "" is any other
 
     def is_run(self, path: Path) -> bool:
-        """Whether a run's folder, or one of its checkpoints, is of this modality, by the class of its autoencoder."""
+        """Whether a run's folder, or one of its checkpoints, is of this modality, by its autoencoder's class."""
         return self.autoencoder in autoencoders_of(path)
 
 
 def autoencoders_of(path: Path) -> list[str]:
-    """The class of the autoencoder in a run's folder, or beside one of its checkpoints."""
+    """Class names of the autoencoders in a run's folder, or beside one of its checkpoints."""
     configs = (folder / "vae" / "config.json" for folder in (path, path.parent))
     return [str(read_json(each).get("_class_name")) for each in configs if each.is_file()]

@@ -1,4 +1,4 @@
-"""Arguments of sampling, for `sample.py` and for whatever else samples a run. Imports no torch."""
+"""Flags of sampling, for `sample.py` and for whatever else samples a run. Imports no torch."""
 
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from typing import Any
@@ -10,7 +10,7 @@ SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "unipc", "flow_euler", "flow_heun")
 
 
 def add_sampler_args(parser: ArgumentParser) -> None:
-    """How a run is sampled."""
+    """Adds the flags of the sampler: guidance, steps, weights, seed, batch size."""
     group = parser.add_argument_group("sampler")
     group.add_argument(
         "--guidance_scale",
@@ -60,7 +60,7 @@ def add_sampler_args(parser: ArgumentParser) -> None:
 
 
 def add_speed_args(parser: ArgumentParser) -> None:
-    """What makes the model's calls faster; docs/performance.md says by how much, and what it does to images."""
+    """Adds the flags that make sampling faster; docs/performance.md has their effect on speed and images."""
     group = parser.add_argument_group("speed")
     group.add_argument(
         "--torch_compile",
@@ -85,7 +85,7 @@ SWEEPS = {
 
 
 def check_sweep(args: Namespace) -> None:
-    """Refuses a sweep over nothing."""
+    """Refuses a --sweep over an unknown flag, over fewer than two values, or over a flag that is set itself."""
     name, *values = args.sweep
     if name not in SWEEPS:
         raise UserError(f"--sweep {name}: expected one of {', '.join(SWEEPS)}")
@@ -97,8 +97,8 @@ def check_sweep(args: Namespace) -> None:
 
 
 def sweep_points(args: Namespace) -> list[dict[str, Any]]:
-    """The flags that each point sets; a single empty one without a sweep. Raises UserError for values of another
-    type."""
+    """The flags that each point of --sweep sets; one empty point without a sweep. Raises UserError for values of the
+    wrong type."""
     if not args.sweep:
         return [{}]
     name, *texts = args.sweep

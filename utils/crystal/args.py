@@ -1,4 +1,4 @@
-"""Arguments about crystals: which ones, their autoencoder, their conditions. Imports no torch."""
+"""Flags of crystals: data, autoencoder, cache, denoiser, samples. Imports no torch."""
 
 import os
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
@@ -9,7 +9,7 @@ from utils.errors import UserError
 
 
 def add_crystal_data_args(parser: ArgumentParser) -> None:
-    """Which crystals."""
+    """Adds the flags of the data set."""
     group = parser.add_argument_group("crystals")
     group.add_argument(
         "--dataset_name",
@@ -34,7 +34,7 @@ def add_crystal_data_args(parser: ArgumentParser) -> None:
 
 
 def add_kept_out_args(parser: ArgumentParser) -> None:
-    """Which crystals are not trained on."""
+    """Adds the flags of the held-out crystals."""
     group = parser.add_argument_group("held-out crystals")
     group.add_argument(
         "--validation_dataset_name",
@@ -49,7 +49,7 @@ def add_kept_out_args(parser: ArgumentParser) -> None:
 
 
 def add_crystal_vae_args(parser: ArgumentParser) -> None:
-    """The autoencoder and its losses."""
+    """Adds the flags of the autoencoder and its losses."""
     group = parser.add_argument_group("autoencoder")
     group.add_argument(
         "--vae_size",
@@ -97,7 +97,7 @@ def add_crystal_vae_args(parser: ArgumentParser) -> None:
 
 
 def add_crystal_validation_args(parser: ArgumentParser) -> None:
-    """Crystals that are looked at and not trained on."""
+    """Adds the flags of the autoencoder's validation on held-out crystals."""
     group = parser.add_argument_group("validation")
     group.add_argument(
         "--validation_steps", type=positive_int, default=1000, help="Steps between validations of the reconstructions."
@@ -117,7 +117,7 @@ def add_crystal_validation_args(parser: ArgumentParser) -> None:
 
 
 def add_crystal_cache_args(parser: ArgumentParser) -> None:
-    """The frozen autoencoder and what is stored of what it gives."""
+    """Adds the flags of the latent cache."""
     group = parser.add_argument_group("latent cache")
     group.add_argument(
         "--pretrained_vae_model_name_or_path", default=None, help="Run of train_crystal_vae.py, or its folder vae/."
@@ -134,7 +134,7 @@ def add_crystal_cache_args(parser: ArgumentParser) -> None:
 
 
 def check_learned_variance(args: Namespace) -> None:
-    """Refuses a variance that the objective has not, or of which the bound would not be one."""
+    """Refuses --learned_variance for objectives without a variance of the reverse process, or without a finite one."""
     if not args.learned_variance:
         return
     if args.prediction_type == "flow":
@@ -144,7 +144,7 @@ def check_learned_variance(args: Namespace) -> None:
 
 
 def check_crystal_data_args(args: Namespace) -> None:
-    """Refuses a run without crystals, and two ways of keeping some out."""
+    """Refuses a missing data set, and two sources of held-out crystals."""
     if args.dataset_name is None:
         raise UserError("--dataset_name is required: a folder of CIF files, a .parquet or .csv file, or a hub dataset")
     if getattr(args, "validation_dataset_name", None) and "validation_split" in args.typed:
@@ -152,7 +152,7 @@ def check_crystal_data_args(args: Namespace) -> None:
 
 
 def add_crystal_model_args(parser: ArgumentParser) -> None:
-    """The denoiser and what it is told."""
+    """Adds the flags of the denoiser and its conditions."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model_size", choices=["S", "B", "L", "XL"], default=None, help="DiT size of the paper. Default: S."
@@ -181,7 +181,7 @@ def add_crystal_model_args(parser: ArgumentParser) -> None:
 
 
 def add_crystal_samples_args(parser: ArgumentParser) -> None:
-    """Samples on the way."""
+    """Adds the flags of the samples that are drawn during training."""
     group = parser.add_argument_group("validation")
     group.add_argument("--validation_steps", type=positive_int, default=1000, help="Steps between validation samples.")
     group.add_argument(
@@ -209,7 +209,7 @@ OF_IMAGES = (
 
 
 def add_crystal_request_args(parser: ArgumentParser) -> None:
-    """What a crystal run is asked for."""
+    """Adds the flags that say what to sample."""
     group = parser.add_argument_group("conditions of crystals")
     group.add_argument(
         "--num_samples",

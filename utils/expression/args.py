@@ -1,4 +1,4 @@
-"""Arguments about cells: which ones, which genes, their autoencoder. Imports no torch."""
+"""Flags of cells: data, genes, autoencoder, cache, denoiser, samples. Imports no torch."""
 
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 
@@ -9,7 +9,7 @@ MIN_GENES = 2
 
 
 def add_cell_data_args(parser: ArgumentParser) -> None:
-    """Which cells."""
+    """Adds the flags of the data set."""
     group = parser.add_argument_group("cells")
     group.add_argument("--dataset_name", default=None, help="An .h5ad file with raw counts.")
     group.add_argument(
@@ -26,7 +26,7 @@ def add_cell_data_args(parser: ArgumentParser) -> None:
 
 
 def add_gene_args(parser: ArgumentParser) -> None:
-    """Which genes, chosen on the cells that are trained on, and where their counts are kept."""
+    """Adds the flags of the genes, which are chosen on the training cells, and of where their counts are kept."""
     group = parser.add_argument_group("genes")
     group.add_argument(
         "--num_genes", type=positive_int, default=2000, help="Number of highly variable genes to model."
@@ -55,7 +55,7 @@ def add_gene_args(parser: ArgumentParser) -> None:
 
 
 def add_split_args(parser: ArgumentParser) -> None:
-    """Which cells are kept out."""
+    """Adds the flags of the split into training, validation and test cells."""
     group = parser.add_argument_group("held-out cells")
     group.add_argument("--label_column", default=None, help="Column of obs by which the split is stratified.")
     group.add_argument(
@@ -76,7 +76,7 @@ def add_split_args(parser: ArgumentParser) -> None:
 
 
 def add_expression_vae_args(parser: ArgumentParser) -> None:
-    """The autoencoder and its bound."""
+    """Adds the flags of the autoencoder, its likelihood and its ELBO."""
     group = parser.add_argument_group("autoencoder")
     group.add_argument(
         "--likelihood",
@@ -114,7 +114,7 @@ def add_expression_vae_args(parser: ArgumentParser) -> None:
 
 
 def check_cell_data_args(args: Namespace) -> None:
-    """Refuses a run without cells, and splits that contradict each other."""
+    """Refuses a missing data set, and splits that contradict each other."""
     if args.dataset_name is None:
         raise UserError("--dataset_name is required: an .h5ad file with raw counts")
     if getattr(args, "num_genes", MIN_GENES) < MIN_GENES:
@@ -126,7 +126,7 @@ def check_cell_data_args(args: Namespace) -> None:
 
 
 def add_expression_cache_args(parser: ArgumentParser) -> None:
-    """The frozen autoencoder and which cells it encodes."""
+    """Adds the flags of the latent cache."""
     group = parser.add_argument_group("latent cache")
     group.add_argument(
         "--pretrained_vae_model_name_or_path", default=None, help="Run of train_expression_vae.py, or its folder vae/."
@@ -145,7 +145,7 @@ JOINT_FLAGS = ("dataset_name", "counts_layer", "vae_learning_rate", "joint_laten
 
 
 def add_joint_args(parser: ArgumentParser) -> None:
-    """The autoencoder, trained on together with its denoiser."""
+    """Adds the flags of training the autoencoder together with its denoiser."""
     group = parser.add_argument_group("joint fine-tuning of the autoencoder")
     group.add_argument(
         "--joint_vae",
@@ -172,7 +172,7 @@ def add_joint_args(parser: ArgumentParser) -> None:
 
 
 def check_joint_args(args: Namespace) -> None:
-    """Refuses flags of a joint training that is none, and what cannot be trained jointly."""
+    """Refuses flags of joint training without --joint_vae, and what cannot be trained jointly."""
     if not args.joint_vae:
         for name in JOINT_FLAGS:
             if name in args.typed:
@@ -188,7 +188,7 @@ def check_joint_args(args: Namespace) -> None:
 
 
 def add_expression_samples_args(parser: ArgumentParser) -> None:
-    """Samples on the way."""
+    """Adds the flags of the samples that are drawn during training."""
     group = parser.add_argument_group("validation")
     group.add_argument("--validation_steps", type=positive_int, default=1000, help="Steps between validation samples.")
     group.add_argument("--num_validation_cells", type=positive_int, default=500, help="Number of cells to sample.")
@@ -211,7 +211,7 @@ OF_CELLS = ("class_label", "num_samples", "property")
 
 
 def add_expression_request_args(parser: ArgumentParser) -> None:
-    """What a run of cells is asked for."""
+    """Adds the flags that say what to sample."""
     group = parser.add_argument_group("conditions of cells; --num_samples and --property as for crystals")
     group.add_argument(
         "--class_label",
@@ -223,7 +223,7 @@ def add_expression_request_args(parser: ArgumentParser) -> None:
 
 
 def add_vector_model_args(parser: ArgumentParser) -> None:
-    """A denoiser of latent vectors."""
+    """Adds the flags of a denoiser of latent vectors."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--architecture",

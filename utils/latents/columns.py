@@ -1,4 +1,4 @@
-"""Latent caches with the columns of their source, which can become conditions."""
+"""Latent caches that also hold the columns of their source, which can become conditions."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Arguments of `plan_budget.py`, its own and the trainers', and the config file it writes. Imports no torch."""
+"""Flags of `plan_budget.py`, its own and the trainers', and the config file that it writes. Imports no torch."""
 
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from pathlib import Path
@@ -14,11 +14,11 @@ SCRIPTS = {"text": "train_text_to_image_ldm.py", "class": "train_class_cond_ldm.
 ONLY = {"text": ("validation_prompts",), "class": ("unconditional", "validation_labels")}
 SIGNS = {"text": ("validation_prompts", "caption_column"), "class": (*ONLY["class"], "label_column")}
 PLANNED = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "max_train_hours")
-OF_CACHE = ("latent_channels", "vae_factor", "sequence_length", "text_width", "num_classes")
+CACHE_SHAPE_FLAGS = ("latent_channels", "vae_factor", "sequence_length", "text_width", "num_classes")
 
 
 def add_plan_args(parser: ArgumentParser) -> set[str]:
-    """What a plan asks for; returns the names, which no trainer has."""
+    """Adds the flags of the plan. Returns their names, which no trainer has."""
     group = parser.add_argument_group("plan")
     group.add_argument("--hours", type=positive_float, default=None, help="Wall-clock hours for training.")
     group.add_argument(
@@ -69,7 +69,7 @@ def add_plan_args(parser: ArgumentParser) -> set[str]:
 
 
 def add_trainer_args(parser: ArgumentParser) -> None:
-    """The flags that the trainers declare for themselves."""
+    """Adds the flags that the trainers declare in their own files."""
     group = parser.add_argument_group("trainer")
     group.add_argument("--latents_dir", default=None, help="Latent cache from which the plan takes shapes and size.")
     group.add_argument(
@@ -90,7 +90,7 @@ def add_trainer_args(parser: ArgumentParser) -> None:
 
 
 def check_plan_args(args: Namespace) -> None:
-    """Settles the trainer and the batch; refuses what a plan decides itself and what contradicts."""
+    """Sets the trainer and the batch size. Refuses flags that the plan decides, and contradictions."""
     told = [trainer for trainer, names in SIGNS.items() if any(getattr(args, name) for name in names)]
     if args.trainer is None and len(told) != 1:
         raise UserError("--trainer: the other flags do not tell which one is meant; give text or class")
@@ -103,7 +103,7 @@ def check_plan_args(args: Namespace) -> None:
             raise UserError(f"--{name}: the plan sets it, from --hours; leave it out")
         if name in args.typed and args.effective_batch_size:
             raise UserError(f"--{name} with --effective_batch_size: the plan divides the latter; leave one out")
-    for name in OF_CACHE:
+    for name in CACHE_SHAPE_FLAGS:
         if args.latents_dir and name in args.typed:
             raise UserError(f"--{name} with --latents_dir: the cache has its own; leave one out")
     if args.codec == "pixels":
@@ -121,14 +121,14 @@ def check_plan_args(args: Namespace) -> None:
 
 
 def validation_rows(args: Namespace, num_classes: int) -> int:
-    """Rows of a validation grid, as the trainers choose them."""
+    """Number of rows of a validation grid, as the trainers choose it."""
     if args.trainer == "text":
         return len(args.validation_prompts or [])
     return 1 if args.unconditional else len(args.validation_labels or range(min(10, num_classes)))
 
 
 def evaluated(args: Namespace) -> tuple[int, int]:
-    """Held-out latents and samples of an evaluation, as the trainers choose them."""
+    """Numbers of held-out latents and of samples in an evaluation, as the trainers choose them."""
     from utils.latents.spec import LatentSpec
 
     num_rows = args.num_validation_samples or 0
@@ -138,8 +138,8 @@ def evaluated(args: Namespace) -> tuple[int, int]:
 
 
 def write_config(args: Namespace, report: list[str]) -> None:
-    """Writes the flags that were given, over them those that the plan sets, as a file for the trainer's --config; the
-    report stands above them as comments."""
+    """Writes the config for a trainer's --config: the flags that were given, overridden by those of the plan. The
+    `report` stands above them as comments."""
     flags = {name: getattr(args, name) for name in (*sorted(args.given), *PLANNED)}
     text = "".join(f"# {line}\n" for line in report) + yaml.safe_dump(flags, sort_keys=False, allow_unicode=True)
     path = Path(args.output_config)

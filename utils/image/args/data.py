@@ -1,4 +1,4 @@
-"""Arguments that scripts share, about data: which images, what is cached of them. Imports no torch."""
+"""Flags of image data and of the latent cache. Imports no torch."""
 
 import os
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
@@ -8,7 +8,7 @@ from utils.errors import UserError
 
 
 def add_dataset_args(parser: ArgumentParser) -> None:
-    """Which images, and how they are cut."""
+    """Adds the flags of the data set, and of cropping and resizing."""
     group = parser.add_argument_group("dataset")
     group.add_argument(
         "--dataset_name",
@@ -47,7 +47,7 @@ def add_dataset_args(parser: ArgumentParser) -> None:
 
 
 def add_cache_args(parser: ArgumentParser) -> None:
-    """The frozen models and what is stored of what they give."""
+    """Adds the flags of the frozen models and of what is cached of their output."""
     group = parser.add_argument_group("latent cache")
     group.add_argument(
         "--codec",
@@ -105,13 +105,13 @@ def add_cache_args(parser: ArgumentParser) -> None:
 
 
 def check_condition_column(args: Namespace, name: str) -> None:
-    """Refuses a dataset without the column that the model is conditioned on, before it is encoded."""
+    """Refuses a data set without the column that the model is conditioned on, before it is encoded."""
     if (args.dataset_name or args.train_data_dir) and getattr(args, name) is None:
         raise UserError(f"--{name} is required with a dataset: name the column that holds the {name.split('_')[0]}s")
 
 
 def check_codec_args(args: Namespace) -> None:
-    """Settles what makes the latents: with --codec pixels nothing does."""
+    """With --codec pixels, sets the flag of the VAE to pixels too. Refuses another VAE beside it."""
     if args.codec == "vae":
         return
     vae = "pretrained_vae_model_name_or_path"

@@ -1,4 +1,4 @@
-"""Flags of the denoiser of images. Imports no torch."""
+"""Flags of the denoisers of images. Imports no torch."""
 
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 
@@ -9,14 +9,14 @@ from utils.image.args.validation import check_sample_metric_args
 
 
 def check_image_denoiser_args(args: Namespace) -> None:
-    """All the checks that the trainers of denoisers of images share, in the order in which they settle things."""
+    """All checks that the trainers of image denoisers share. Their order matters: some set what later ones read."""
     check_denoiser_args(args)
     check_routing_args(args)
     check_sample_metric_args(args)
 
 
 def check_routing_args(args: Namespace) -> None:
-    """Refuses routes past the blocks of a model that has no tokens, and routes for all of them."""
+    """Refuses --tread_ratio for a model without tokens, and a ratio that leaves no token."""
     if args.tread_ratio and args.model != "dit":
         raise UserError(
             f"--tread_ratio with --model {args.model}: the tokens of a transformer can skip blocks, but convolutions "
@@ -27,7 +27,7 @@ def check_routing_args(args: Namespace) -> None:
 
 
 def add_model_args(parser: ArgumentParser) -> None:
-    """The denoiser."""
+    """Adds the flags of the denoiser."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", choices=["unet", "dit"], default="unet", help="Denoiser: UNet2DConditionModel (unet) or DiT (dit)."

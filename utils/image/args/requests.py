@@ -1,4 +1,4 @@
-"""Flags that say what a run of images is asked for. Imports no torch."""
+"""Flags that say what to sample from a run of images. Imports no torch."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -9,7 +9,7 @@ from utils.errors import UserError
 
 
 def add_request_args(parser: ArgumentParser) -> None:
-    """Which run, and what it is asked for."""
+    """Adds the flags of the run and of its prompts or labels."""
     group = parser.add_argument_group("model, prompts and labels")
     group.add_argument(
         "--model", default=None, help="Folder of a run, or a checkpoint. Default: the newest run in runs/."
@@ -27,7 +27,7 @@ def add_request_args(parser: ArgumentParser) -> None:
 
 
 def check_request_args(args: Namespace) -> None:
-    """Refuses a file of prompts that is not there, and a folder that is taken."""
+    """Refuses a missing file of prompts, and an --output_dir that is not empty."""
     if args.prompts_file and not Path(args.prompts_file).is_file():
         raise UserError(f"--prompts_file: the file {args.prompts_file} does not exist")
     check_new_folder(args.output_dir)

@@ -6,7 +6,7 @@ from utils.args.parsing import fraction
 
 
 def add_condition_args(parser: ArgumentParser) -> None:
-    """What is cached beside the images, and how the dataset is read for it."""
+    """Adds the flags of captions and labels, and of how the data set is read for them."""
     group = parser.add_argument_group("captions and labels")
     group.add_argument(
         "--caption_column",

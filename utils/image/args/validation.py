@@ -1,4 +1,4 @@
-"""Flags of validation grids and of samples that are compared while training. Imports no torch."""
+"""Flags of image grids and of samples that are evaluated during training. Imports no torch."""
 
 from argparse import ArgumentParser, Namespace
 
@@ -8,7 +8,7 @@ from utils.errors import UserError
 
 
 def check_validation_args(args: Namespace) -> None:
-    """Refuses settings of grids that are not made."""
+    """Refuses flags of image grids if no grid is drawn."""
     names = ("validation_steps", "validation_guidance_scale", "num_validation_images", "validation_inference_steps")
     for name in names:
         if name == "validation_inference_steps" and args.eval_features:
@@ -21,7 +21,7 @@ NEEDS_EVAL_FEATURES = ("eval_metric", "num_eval_images", "eval_guidance_scale")
 
 
 def check_sample_metric_args(args: Namespace) -> None:
-    """Refuses settings of samples that are not compared with anything."""
+    """Refuses flags of samples that are not compared with anything."""
     for name in NEEDS_EVAL_FEATURES:
         if name in args.given and args.eval_features is None:
             raise UserError(f"--{name} without --eval_features: nothing is sampled; name the features to compare in")
@@ -35,7 +35,7 @@ DEFAULT_EVAL_IMAGES = 512
 
 
 def add_validation_args(parser: ArgumentParser, what: str) -> None:
-    """Pictures on the way."""
+    """Adds the flags of image grids; `what` is prompts or labels."""
     group = parser.add_argument_group("validation")
     group.add_argument(
         "--validation_steps",
@@ -55,7 +55,7 @@ def add_validation_args(parser: ArgumentParser, what: str) -> None:
 
 
 def add_evaluation_args(parser: ArgumentParser) -> None:
-    """Figures on the way, on latents that are not trained on."""
+    """Adds the flags of evaluations on held-out latents, and of samples compared with them."""
     add_validation_loss_args(parser)
     group = parser.add_argument_group("evaluation of samples")
     group.add_argument(

@@ -1,4 +1,4 @@
-"""Arguments of image autoencoders, and which of them make no sense together. Imports no torch."""
+"""Flags of image autoencoders, and checks of their combinations. Imports no torch."""
 
 from argparse import ArgumentParser, Namespace
 
@@ -7,7 +7,7 @@ from utils.errors import UserError
 
 
 def add_vae_loss_args(parser: ArgumentParser) -> None:
-    """What the autoencoder is pulled to."""
+    """Adds the flags of the losses."""
     group = parser.add_argument_group("losses")
     group.add_argument(
         "--reconstruction_loss", choices=["l1", "mse"], default="l1", help="Reconstruction error per pixel value."
@@ -44,7 +44,7 @@ def add_vae_loss_args(parser: ArgumentParser) -> None:
 
 
 def add_discriminator_args(parser: ArgumentParser) -> None:
-    """The adversary."""
+    """Adds the flags of the discriminator."""
     group = parser.add_argument_group("discriminator")
     group.add_argument(
         "--disc_start",
@@ -70,7 +70,7 @@ def add_discriminator_args(parser: ArgumentParser) -> None:
 
 
 def add_vae_validation_args(parser: ArgumentParser) -> None:
-    """Images that are looked at and not trained on."""
+    """Adds the flags of the validation on held-out images."""
     group = parser.add_argument_group("validation")
     group.add_argument(
         "--validation_steps", type=positive_int, default=1000, help="Steps between validations of the reconstructions."
@@ -98,7 +98,7 @@ def add_vae_validation_args(parser: ArgumentParser) -> None:
 
 
 def check_vae_args(args: Namespace) -> None:
-    """Refuses settings of what is off, and figures that nothing can be measured on."""
+    """Refuses flags of losses that are off, and validation without held-out images."""
     if args.lpips_weights and not args.lpips_weight:
         raise UserError("--lpips_weights without --lpips_weight: LPIPS is off; give its weight, 1 is usual")
     if "lpips_net" in args.typed and not args.lpips_weight:
@@ -121,7 +121,7 @@ def check_vae_args(args: Namespace) -> None:
 
 
 def check_precision(args: Namespace, mixed_precision: str) -> None:
-    """Refuses a discriminator in fp16, which accelerate's configuration may have asked for too."""
+    """Refuses a discriminator in fp16, which may also come from accelerate's configuration."""
     if args.disc_start is not None and mixed_precision == "fp16":
         raise UserError(
             "--disc_start with --mixed_precision fp16: two losses share one scale there, and the gradients of the "
