@@ -5,7 +5,7 @@
 
 Takes the flags of both trainers of latent diffusion, and no data: latents and conditions are random numbers of the
 shapes that --latents_dir or --resolution tells. On CUDA the largest micro-batch that fits is taken, elsewhere the
-quickest. docs/scale.md goes on from there: many GPUs, many images.
+quickest. docs/scale.md extends this to many GPUs and many images.
 """
 
 import argparse

@@ -47,7 +47,7 @@ def check_objective_args(args: Namespace) -> None:
             raise UserError(f"--{name} with --prediction_type flow: it belongs to the DDPM objectives; leave it out")
     for name in ("timestep_density", "flow_shift", "beta_schedule"):
         is_flow_flag = name != "beta_schedule"
-        # args.yaml of a finished run names every flag: only a value other than the default is a wish.
+        # args.yaml of a finished run has every flag, so only a value other than the default counts as given.
         if is_flow_flag != (args.prediction_type == "flow") and getattr(args, name) not in (
             "logit_normal",
             1.0,
@@ -95,11 +95,11 @@ def check_lora_args(args: Namespace) -> None:
         )
     if args.lora_rank and args.ema_sigma_rels:
         raise UserError(
-            "--ema_sigma_rels with --lora_rank: sample.py puts such averages together from whole models; leave it out"
+            "--ema_sigma_rels with --lora_rank: sample.py reconstructs such averages from whole models; leave it out"
         )
     if args.lora_rank and os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
         raise UserError(
-            "--lora_rank under FSDP: the whole copies that are exported there know no adapters; use "
+            "--lora_rank under FSDP: the exported copies of the whole model contain no adapters; use "
             "configs/accelerate/multi_gpu.yaml"
         )
     if args.pretrained_model_name_or_path:
@@ -111,7 +111,7 @@ def settings_of_run(path: Path) -> dict[str, Any]:
     """The flags that a trained run decides for runs that start from it: the kind of model, and the objective. Raises
     UserError if `path` is no run."""
     flag = "--pretrained_model_name_or_path"
-    run_dir = path if (path / "scheduler").is_dir() else path.parent  # which is that of a checkpoint
+    run_dir = path if (path / "scheduler").is_dir() else path.parent  # `path` is a checkpoint
     kinds = {"transformer": "dit", "unet": "unet"}
     model = next((kind for folder, kind in kinds.items() if (run_dir / folder / "config.json").is_file()), None)
     if not path.is_dir() or model is None or not (run_dir / "scheduler" / "scheduler_config.json").is_file():
@@ -152,7 +152,7 @@ def check_power_ema_args(args: Namespace) -> None:
             raise UserError(f"--ema_sigma_rels: {sigma_rel} is not below {MAX_SIGMA_REL:.4f}; 0.05 0.1 is usual")
 
 
-# Flags that mean nothing without another one, and what to do about it.
+# Flags that have no effect without --eval_steps.
 NEEDS_EVAL_STEPS = (
     *("num_validation_samples", "validation_latents_dir", "eval_batch_size", "eval_features", "best_metric"),
     "early_stopping_patience",
@@ -172,5 +172,5 @@ def check_evaluation_args(args: Namespace) -> None:
             "give a cache of another split as --validation_latents_dir"
         )
     refuse_together(
-        args, "num_validation_samples", "validation_latents_dir", "the latents are held out here or there; use one"
+        args, "num_validation_samples", "validation_latents_dir", "both select the held-out latents; use one"
     )

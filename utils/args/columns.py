@@ -29,7 +29,7 @@ def check_column_condition_args(args: Namespace) -> None:
     """Refuses flags of conditions without --condition."""
     for name in ("cond_drop_prob", "validation_guidance_scale"):
         if name in args.typed and not args.condition:
-            raise UserError(f"--{name} without --condition: the denoiser is told nothing; leave it out")
+            raise UserError(f"--{name} without --condition: the denoiser is unconditional; leave it out")
 
 
 def parse_conditions(

@@ -10,9 +10,9 @@ from utils.files import read_json
 class Modality:
     """One kind of data: a folder of `utils` with rooms of fixed names, and what scripts must know of it."""
 
-    name: str  # its folder, and what --modality takes
+    name: str  # its folder in `utils`, and its value of --modality
     samples: str  # for messages and progress bars
-    autoencoder: str  # the class by which a run's folder is told; "" is any other
+    autoencoder: str  # class name that marks a run's folder; "" stands for any other class
 
     def is_run(self, path: Path) -> bool:
         """Whether a run's folder, or one of its checkpoints, is of this modality, by its autoencoder's class."""

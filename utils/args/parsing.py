@@ -160,7 +160,7 @@ def converted(value: Any, action: argparse.Action, refuse: Callable[[str], UserE
     """A scalar, converted by its flag's type and checked against its choices."""
     convert: Any = action.type
     if value is False and "no" in (action.choices or ()):
-        value = "no"  # which YAML reads as false unless it is quoted
+        value = "no"  # YAML reads an unquoted `no` as false
     if isinstance(value, bool | list | dict) or (convert is None and not isinstance(value, str)):
         raise refuse("text" if convert is None else "a number")
     try:
@@ -198,7 +198,7 @@ def run_script(main: Callable[[Namespace], None], parse_args: Callable[[], Names
         return
     except UserError as error:
         message = str(error)
-    # Only now are the frames of `main` gone, and with them its progress bar: the error is the last line.
+    # The frames of `main`, and with them its progress bar, are gone only now: so the error is the last line.
     if os.environ.get("RANK", "0") == "0":
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -76,7 +76,7 @@ def add_speed_args(parser: ArgumentParser) -> None:
     )
 
 
-# What a sweep can go over: flags of sampling, and how their values are read.
+# Flags that --sweep can vary, and the types of their values.
 SWEEPS = {
     "guidance_scale": non_negative_float,
     "num_inference_steps": positive_int,
@@ -93,7 +93,7 @@ def check_sweep(args: Namespace) -> None:
         raise UserError(f"--sweep {name}: expected at least two values, each once, found {' '.join(values) or 'none'}")
     if name in args.given:
         raise UserError(f"--{name} with --sweep {name}: the sweep sets it; leave one out")
-    sweep_points(args)  # words for numbers are said before anything is loaded
+    sweep_points(args)  # raises for values that are no numbers, before anything is loaded
 
 
 def sweep_points(args: Namespace) -> list[dict[str, Any]]:

@@ -122,7 +122,7 @@ def check_cell_data_args(args: Namespace) -> None:
     if getattr(args, "split_column", None):
         for name in ("validation_fraction", "test_fraction", "split_seed", "label_column"):
             if name in args.typed:
-                raise UserError(f"--{name} with --split_column: the column says which cells are kept out; use one")
+                raise UserError(f"--{name} with --split_column: the column says which cells are held out; use one")
 
 
 def add_expression_cache_args(parser: ArgumentParser) -> None:
@@ -182,7 +182,7 @@ def check_joint_args(args: Namespace) -> None:
         raise UserError("--joint_vae needs --dataset_name: the .h5ad file that the cache was made of")
     for name in ("lora_rank", "ema_sigma_rels"):
         if getattr(args, name):
-            raise UserError(f"--{name} with --joint_vae: it is of the denoiser alone; leave one out")
+            raise UserError(f"--{name} with --joint_vae: it applies to the denoiser alone; leave one out")
     if args.optimizer == "muon":
         raise UserError("--optimizer muon with --joint_vae: it has one learning rate for all; use adamw")
 

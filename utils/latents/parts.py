@@ -52,7 +52,7 @@ def pool(specs: list[LatentSpec]) -> LatentSpec:
     for i, spec in enumerate(ordered):
         check_alike(first, spec, i)
     labels = first.labels
-    if labels is not None:  # a column of plain integers has as many classes as the largest label of all parts says
+    if labels is not None:  # plain integers: the largest label of all parts gives the number of classes
         labels = labels | {"num_classes": max(spec.labels["num_classes"] for spec in ordered if spec.labels)}
     return replace(
         first,

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Below these nothing of a sample is left in its latents: nats per latent value, and the share of a channel's variance
-# that is due to the sample and not to noise. Where the posterior matches the prior that share is the variance of the
+# Below these values latents carry nothing of their sample: KL in nats per latent value, and the share of a channel's
+# variance that is due to the sample and not to noise. Where the posterior matches the prior that share is the variance of the
 # mean over data, whose usual threshold is this one (Burda et al. 2015, arXiv 1509.00519, section 5.2).
 MIN_KL, MIN_ACTIVE_SHARE = 0.01, 0.01
 # Latents of public autoencoders have stds of 1 to 6; far above, sampled and mean latents decode to different images
@@ -41,7 +41,7 @@ class PosteriorStatistics:
 
     num_samples: int
     mean: list[float]
-    std: list[float]  # of sampled latents: what differs between samples and positions, and the posterior's noise
+    std: list[float]  # of sampled latents: variation between samples and positions, plus the posterior's noise
     std_of_mean: list[float]  # over samples, at the same position
     posterior_std: list[float]  # root mean square
     kl: float  # nats per latent value
@@ -91,7 +91,7 @@ class PosteriorSums:
         self.count = 0
         self.mean: Any = 0.0  # (C, h, w) float64, and so is the next
         self.square_of_mean: Any = 0.0
-        self.variance: Any = 0.0  # (C,), and of the posterior
+        self.variance: Any = 0.0  # (C,), variance of the posterior
         self.kl = 0.0
 
     def add(self, mean: Tensor, logvar: Tensor) -> None:

@@ -69,7 +69,7 @@ class LatentSpec:
     equal."""
 
     kind: str  # "image", "set"
-    shape: tuple[int, ...]  # of one latent, (C, H, W), or (N, D) of a set, padded
+    shape: tuple[int, ...]  # of one latent: (C, H, W), or (N, D) for a padded set
     dtype: str
     content: str  # "moments": mean and std of the posterior; "mean": one latent
     flips: bool  # a second encode of the mirrored image is stored
@@ -82,9 +82,9 @@ class LatentSpec:
     text_encoder: dict[str, str | None] | None  # name, library, tokenizer
     fingerprint: dict[str, Any]
     version: int = SPEC_VERSION
-    num_translations: int = 1  # latents of each row, of the same thing in other places
-    num_items: dict[str, int] | None = None  # of sets: how many have how many items
-    columns: dict[str, Any] | None = None  # other columns of the source: what is in them
+    num_translations: int = 1  # latents of each row, of translated copies of the same sample
+    num_items: dict[str, int] | None = None  # for sets: number of items -> number of sets
+    columns: dict[str, Any] | None = None  # other columns of the source, and their content
 
     def variants(self) -> list[str]:
         """The columns of latents, of which one is drawn whenever a row is read."""

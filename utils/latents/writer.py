@@ -192,7 +192,7 @@ def found_or_made(
     """The spec of the cache with this `fingerprint`: of the finished one, or of one that the main process makes now by
     calling `write`. Raises UserError for a folder with another cache or with something else."""
     is_finished = (cache_dir / SPEC_FILE).is_file()
-    accelerator.wait_for_everyone()  # all have looked before one writes: what they find, they find alike
+    accelerator.wait_for_everyone()  # all processes read the folder before one writes, so they find the same
     if is_finished:
         return finished_cache(cache_dir, fingerprint, accelerator.is_main_process)
     if accelerator.is_main_process:

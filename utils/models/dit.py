@@ -76,11 +76,11 @@ class Style(NamedTuple):
     norm: Callable[..., nn.Module]
     mlp: Callable[[int, float], nn.Module]
     qk_norm: bool
-    positions: str  # of a grid, one of POSITIONS
+    positions: str  # positions of a grid, one of POSITIONS
 
 
-# Queries and keys turned by them, or sines and cosines added to the tokens. Rotary ones alone say how far tokens are
-# from each other, and not where in the picture they are: docs/performance.md has what that costs.
+# Rotary positions rotate queries and keys; fixed positions are sines and cosines added to the tokens. Rotary ones alone
+# encode distances between tokens, not their places in the picture; docs/performance.md has the cost of that.
 POSITIONS = ("rotary", "fixed", "both")
 STYLES = {
     "modern": Style(RMSNorm, SwiGLU, qk_norm=True, positions="rotary"),
@@ -164,7 +164,7 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if positions is not None and positions not in POSITIONS:
             raise ValueError(f"positions {positions} is none of {', '.join(POSITIONS)}")
         self.positions = positions or STYLES[style].positions
-        patch_dim = patch_size ** (1 if latent_kind == "vector" else 2)  # values of a channel in a token
+        patch_dim = patch_size ** (1 if latent_kind == "vector" else 2)  # values per channel in a token
         self.patch_embed = nn.Linear(in_channels * patch_dim, hidden_size)
         self.places = None
         if latent_kind == "vector":

@@ -10,7 +10,7 @@ from utils.errors import UserError
 from utils.image.args.validation import DEFAULT_EVAL_IMAGES
 
 SCRIPTS = {"text": "train_text_to_image_ldm.py", "class": "train_class_cond_ldm.py"}
-# Flags that one trainer has and the other has not, and those that tell which one is meant.
+# Flags that only one of the two trainers has, and flags from which the trainer can be inferred.
 ONLY = {"text": ("validation_prompts",), "class": ("unconditional", "validation_labels")}
 SIGNS = {"text": ("validation_prompts", "caption_column"), "class": (*ONLY["class"], "label_column")}
 PLANNED = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "max_train_hours")

@@ -8,7 +8,7 @@ from utils.errors import UserError
 
 STAGES = ("forward + backward", "optimizer", "EMA", "other")
 EACH_MICRO_STEP = ("forward + backward", "other")
-CAPTION_BYTES = 60  # of a caption's text: an assumption, small beside 118 KB of CLIP-L states
+CAPTION_BYTES = 60  # assumed size of a caption's text; small beside 118 KB of CLIP-L states
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Pace:
         return sum(self.stages(micro_steps).values())
 
 
-PaceOf = Callable[[int], Pace | None]  # of a micro-batch size; None where memory runs out
+PaceOf = Callable[[int], Pace | None]  # micro-batch size -> its pace; None if memory runs out
 
 
 def largest_that_fits(fits: Callable[[int], bool], limit: int) -> int:

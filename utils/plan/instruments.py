@@ -65,7 +65,7 @@ class SyntheticCache(LatentCache):
     """A latent cache of random numbers in memory, with the shapes of `spec`. Costs the same as a real one, except for
     the disk."""
 
-    ROWS = 64  # any row is one of these
+    ROWS = 64  # every row is one of these 64
 
     def __init__(self, spec: LatentSpec):
         self.spec = spec

@@ -116,7 +116,7 @@ def check_crystal_eval_args(args: Namespace) -> None:
             if name in args.given:
                 raise UserError(f"--{name} with --samples: {reason}")
     elif args.model is None:
-        raise UserError("give --model (a crystal run, which is sampled) or --samples (crystals that are there)")
+        raise UserError("give --model (a crystal run, which is sampled) or --samples (existing crystals)")
     for name in ("samples", "training_data"):
         if f"{name}_split" in args.typed and getattr(args, name) is None:
             raise UserError(f"--{name}_split without --{name}: there is nothing to split; leave it out")
@@ -125,7 +125,9 @@ def check_crystal_eval_args(args: Namespace) -> None:
             if first != "property_targets" and second != "property_targets":
                 refuse_together(args, first, second, "both say which elements are asked for; use one")
     if args.compositions_from_reference and args.num_atoms is not None:
-        raise UserError("--num_atoms with --compositions_from_reference: the reference's have theirs; leave it out")
+        raise UserError(
+            "--num_atoms with --compositions_from_reference: the reference crystals decide it; leave it out"
+        )
     if args.compositions_from_reference and args.property_targets:
         raise UserError(
             "--property_targets with --compositions_from_reference: a composition all but decides the property; "

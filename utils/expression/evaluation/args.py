@@ -126,7 +126,7 @@ def check_cell_eval_args(args: Namespace) -> None:
                     "its autoencoder), or give a file with those cells alone"
                 )
     elif args.model is None:
-        raise UserError("give --model (a run of cells, which is sampled) or --samples (cells that are there)")
+        raise UserError("give --model (a run of cells, which is sampled) or --samples (existing cells)")
     for name, reason in (("samples_layer", "a run makes its counts itself"), ("split_of", "--model says it")):
         if args.samples is None and getattr(args, name) is not None:
             raise UserError(f"--{name} without --samples: {reason}; leave it out")

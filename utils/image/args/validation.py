@@ -26,7 +26,7 @@ def check_sample_metric_args(args: Namespace) -> None:
         if name in args.given and args.eval_features is None:
             raise UserError(f"--{name} without --eval_features: nothing is sampled; name the features to compare in")
     if args.best_metric == "samples" and not args.eval_features:
-        raise UserError("--best_metric samples without --eval_features: there are no samples to go by")
+        raise UserError("--best_metric samples without --eval_features: no samples are drawn; name the features")
     if args.num_eval_images == 1:
         raise UserError("--num_eval_images 1: one image has no distribution; 512 is usual")
 

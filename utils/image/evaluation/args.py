@@ -121,7 +121,7 @@ def check_eval_args(args: Namespace) -> None:
                 raise UserError(f"--{name} with --samples: those images are made already; leave one out")
     elif args.label_column:
         raise UserError(
-            "--label_column without --samples: a run's labels are those that it is asked for; leave it out"
+            "--label_column without --samples: with --model the labels are those that are sampled; leave it out"
         )
     for name in ("samples", "reference", "training_data", "held_out_data"):
         if f"{name}_split" in args.typed and getattr(args, name) is None:
