@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 # Below these values latents carry nothing of their sample: KL in nats per latent value, and the share of a channel's
-# variance that is due to the sample and not to noise. Where the posterior matches the prior that share is the variance of the
-# mean over data, whose usual threshold is this one (Burda et al. 2015, arXiv 1509.00519, section 5.2).
+# variance that is due to the sample and not to noise. Where the posterior matches the prior that share is the variance
+# of the mean over data, whose usual threshold is this one (Burda et al. 2015, arXiv 1509.00519, section 5.2).
 MIN_KL, MIN_ACTIVE_SHARE = 0.01, 0.01
 # Latents of public autoencoders have stds of 1 to 6; far above, sampled and mean latents decode to different images
 # and half precision runs out of range.

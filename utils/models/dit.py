@@ -79,8 +79,8 @@ class Style(NamedTuple):
     positions: str  # positions of a grid, one of POSITIONS
 
 
-# Rotary positions rotate queries and keys; fixed positions are sines and cosines added to the tokens. Rotary ones alone
-# encode distances between tokens, not their places in the picture; docs/performance.md has the cost of that.
+# Rotary positions rotate queries and keys; fixed positions are sines and cosines added to the tokens. Rotary ones
+# alone encode distances between tokens, not their places in the picture; docs/performance.md has the cost of that.
 POSITIONS = ("rotary", "fixed", "both")
 STYLES = {
     "modern": Style(RMSNorm, SwiGLU, qk_norm=True, positions="rotary"),
