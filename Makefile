@@ -41,9 +41,9 @@ demo: $(VENV)/.installed
 	rm -rf $(DEMO)
 	@mkdir -p $(DEMO) && date +%s > $(DEMO)/.started
 	$(VENV)/bin/python demo/prepare_digits.py --output_dir $(DEMO)/data
-	$(VENV)/bin/python train_image_vae.py --config configs/demo_vae.yaml
-	$(VENV)/bin/python precompute_latents.py --config configs/demo_latents.yaml
-	$(VENV)/bin/python train_text_to_image_ldm.py --config configs/demo_ldm.yaml
+	$(VENV)/bin/python train_image_vae.py --config configs/demo/vae.yaml
+	$(VENV)/bin/python precompute_latents.py --config configs/demo/latents.yaml
+	$(VENV)/bin/python train_text_to_image_ldm.py --config configs/demo/ldm.yaml
 	$(VENV)/bin/python sample.py --model $(DEMO)/ldm --prompts_file $(DEMO)/data/prompts.txt \
 	  --num_images_per_prompt 20 --guidance_scale 7.5 --num_inference_steps 20 --batch_size 100 \
 	  --output_dir $(DEMO)/samples

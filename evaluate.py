@@ -22,7 +22,7 @@ from utils.modalities import MODALITIES, check_modality
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modality", choices=list(MODALITIES), default="image", help="What is judged.")
+    parser.add_argument("--modality", choices=list(MODALITIES), default="image", help="Kind of samples to evaluate.")
     add_flags, check_flags = MODALITIES[peek(parser, "modality")].evaluation_flags
     add_flags(parser)
     args = parse_with_config(parser)

@@ -1,11 +1,11 @@
 """Measures a few training steps on this machine and writes the config that fills the hours there are.
 
-    python plan_budget.py --config configs/text_to_image_32gb.yaml --hours 168 --dataset_size 1000000
+    python plan_budget.py --config configs/image/text_to_image_32gb.yaml --hours 168 --dataset_size 1000000
     accelerate launch train_text_to_image_ldm.py --config plan.yaml --train_data_dir photos --output_dir runs/mine
 
 Takes the flags of both trainers of latent diffusion, and no data: latents and conditions are random numbers of the
 shapes that --latents_dir or --resolution tells. On CUDA the largest micro-batch that fits is taken, elsewhere the
-quickest. docs/scale.md goes on from there: many GPUs, many images.
+quickest. docs/scale.md extends this to many GPUs and many images.
 """
 
 import argparse

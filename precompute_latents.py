@@ -20,9 +20,9 @@ from utils.modalities import MODALITIES
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modality", choices=list(MODALITIES), default="image", help="What the dataset holds.")
+    parser.add_argument("--modality", choices=list(MODALITIES), default="image", help="Kind of data in the dataset.")
     parser.add_argument(
-        "--latents_dir", "--output_dir", default=None, help="Folder of the latent cache: new, unfinished or finished."
+        "--latents_dir", "--output_dir", default=None, help="Folder of the latent cache. An unfinished one is resumed."
     )
     parser.add_argument("--seed", type=non_negative_int, default=0, help="Seed of random crops and translations.")
     add_flags, check_flags = MODALITIES[peek(parser, "modality")].precompute_flags

@@ -1,7 +1,8 @@
 """Trains a class-conditional or unconditional latent diffusion model from scratch.
 
     accelerate launch train_class_cond_ldm.py --latents_dir cache --output_dir runs/mine --model dit --model_size B/2
-    accelerate launch train_class_cond_ldm.py --config configs/cifar10_unet.yaml --dataset_name uoft-cs/cifar10 ...
+    accelerate launch train_class_cond_ldm.py --config configs/image/cifar10_unet.yaml \\
+        --dataset_name uoft-cs/cifar10 ...
 
 From a latent cache (see precompute_latents.py), or from a dataset, whose cache is then made first. Leaves a run's
 folder that sample.py and diffusers load.
@@ -27,17 +28,20 @@ def parse_args() -> argparse.Namespace:
         "--unconditional",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="Use no labels, even if there are some.",
+        help="Train without labels, even if the data have some.",
     )
     parser.add_argument(
-        "--cond_drop_prob", type=fraction, default=0.1, help="Share of labels dropped, for classifier-free guidance."
+        "--cond_drop_prob",
+        type=fraction,
+        default=0.1,
+        help="Probability of dropping the label, for classifier-free guidance.",
     )
     parser.add_argument(
         "--validation_labels",
         nargs="+",
         type=non_negative_int,
         default=None,
-        help="Labels that are sampled on the way; the first ten by default.",
+        help="Class labels to sample during training. Default: the first ten.",
     )
     shared.add_run_args(parser)
     args_model.add_model_args(parser)

@@ -1,7 +1,7 @@
 """Trains a variational autoencoder of crystals from scratch: a latent for each atom.
 
     accelerate launch train_crystal_vae.py --dataset_name mp_20.parquet --output_dir runs/crystals/vae
-    accelerate launch train_crystal_vae.py --config configs/perov5_vae.yaml --dataset_name perov_5.parquet ...
+    accelerate launch train_crystal_vae.py --config configs/crystal/perov5_vae.yaml --dataset_name perov_5.parquet ...
 
 Leaves OUTPUT_DIR/vae, with the mean and std of its latents measured and stored in its config: give OUTPUT_DIR to
 precompute_latents.py --modality crystal as --pretrained_vae_model_name_or_path.

@@ -23,7 +23,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--latents_dir", default=None, help="Latent cache of cells.")
     expression_args.add_vector_model_args(parser)
-    condition_args.add_column_condition_args(parser, "class:COLUMN (anything), property:COLUMN (a number)")
+    condition_args.add_column_condition_args(parser, "class:COLUMN (any values), property:COLUMN (a number)")
     expression_args.add_joint_args(parser)
     shared.add_run_args(parser)
     shared.add_lora_args(parser)

@@ -1,7 +1,7 @@
 """Trains a variational autoencoder of single-cell gene expression from scratch: raw counts in, a likelihood out.
 
     accelerate launch train_expression_vae.py --dataset_name pbmc.h5ad --label_column cell_type --output_dir runs/vae
-    accelerate launch train_expression_vae.py --config configs/pbmc_vae.yaml --dataset_name pbmc.h5ad ...
+    accelerate launch train_expression_vae.py --config configs/expression/pbmc_vae.yaml --dataset_name pbmc.h5ad ...
 
 Genes are chosen on the training cells. Leaves OUTPUT_DIR/vae, of the best weights, with the split of the cells and the
 statistics of their latents: give OUTPUT_DIR to precompute_latents.py --modality expression as

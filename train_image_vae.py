@@ -1,7 +1,7 @@
 """Trains an image autoencoder (AutoencoderKL) from scratch, for latents of your own.
 
     accelerate launch train_image_vae.py --train_data_dir photos --resolution 64 --vae_size small --output_dir runs/vae
-    accelerate launch train_image_vae.py --config configs/cifar10_vae.yaml --dataset_name uoft-cs/cifar10 ...
+    accelerate launch train_image_vae.py --config configs/image/cifar10_vae.yaml --dataset_name uoft-cs/cifar10 ...
 
 Leaves OUTPUT_DIR/vae in diffusers format, with the scaling and shift of its latents measured and stored in its config:
 give OUTPUT_DIR to precompute_latents.py as --pretrained_vae_model_name_or_path.
@@ -23,7 +23,8 @@ def parse_args() -> argparse.Namespace:
         "--vae_size",
         choices=["fast", "small", "base", "sd"],
         default="small",
-        help="fast, small: 4 x downsampling; base, sd (84M, Stable Diffusion's): 8 x; all 4 latent channels.",
+        help="Size. fast, small: downsampling by 4; base, sd (84M, Stable Diffusion's): by 8. All have 4 latent "
+        "channels.",
     )
     vae_args.add_vae_loss_args(parser)
     vae_args.add_discriminator_args(parser)

@@ -1,7 +1,8 @@
 """Trains a text-to-image latent diffusion model from scratch.
 
     accelerate launch train_text_to_image_ldm.py --latents_dir cache --output_dir runs/mine --model dit
-    accelerate launch train_text_to_image_ldm.py --config configs/text_to_image_32gb.yaml --train_data_dir photos ...
+    accelerate launch train_text_to_image_ldm.py --config configs/image/text_to_image_32gb.yaml \\
+        --train_data_dir photos ...
 
 From a latent cache (see precompute_latents.py), or from a dataset, whose cache is then made first. Leaves a run's
 folder that sample.py and diffusers load.
@@ -23,9 +24,12 @@ def parse_args() -> argparse.Namespace:
         "--latents_dir", default=None, help="Latent cache. Default with a dataset: OUTPUT_DIR/latents."
     )
     parser.add_argument(
-        "--cond_drop_prob", type=fraction, default=0.1, help="Share of captions dropped, for classifier-free guidance."
+        "--cond_drop_prob",
+        type=fraction,
+        default=0.1,
+        help="Probability of dropping the caption, for classifier-free guidance.",
     )
-    parser.add_argument("--validation_prompts", nargs="+", default=None, help="Prompts that are sampled on the way.")
+    parser.add_argument("--validation_prompts", nargs="+", default=None, help="Prompts to sample during training.")
     shared.add_run_args(parser)
     args_model.add_model_args(parser)
     shared.add_lora_args(parser)

@@ -163,10 +163,14 @@ def measure(args: Namespace, folder: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = benchmark_parser(__doc__ or "")
-    parser.add_argument("--encoders", choices=list(ENCODERS), default="small", help="Of images and captions.")
+    parser.add_argument(
+        "--encoders", choices=list(ENCODERS), default="small", help="Size of the encoders of images and captions."
+    )
     parser.add_argument("--unet", default="cifar10", help="--model_size of the U-Net; cifar10 is made narrower.")
     parser.add_argument("--batch_size", type=int, default=16, help="Samples a step.")
-    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no", help="Of both.")
+    parser.add_argument(
+        "--mixed_precision", choices=["no", "bf16"], default="no", help="Autocast precision of both trainers."
+    )
     parser.add_argument("--num_images", type=int, default=128, help="Images of the data set.")
     parser.add_argument("--block", type=int, default=12, help="Steps of a turn.")
     parser.add_argument("--rounds", type=int, default=5, help="Turns of each.")

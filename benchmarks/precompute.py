@@ -89,11 +89,13 @@ def measure(resolution: int, args: Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = benchmark_parser(__doc__ or "")
-    parser.add_argument("--resolutions", nargs="+", type=int, default=[128], help="Of the cached images.")
+    parser.add_argument("--resolutions", nargs="+", type=int, default=[128], help="Resolutions of the cached images.")
     parser.add_argument("--num_images", type=int, default=48, help="Images of the data set.")
     parser.add_argument("--encode_batch_size", type=int, default=8, help="Images per VAE call.")
     parser.add_argument("--rows_per_shard", type=int, default=24, help="Images per shard.")
-    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Of the VAE.")
+    parser.add_argument(
+        "--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Autocast precision of the VAE."
+    )
     parser.add_argument("--rounds", type=int, default=3, help="Turns of each.")
     args = parser.parse_args()
     logging.disable(logging.INFO)

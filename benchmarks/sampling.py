@@ -180,12 +180,14 @@ def speed_ups(run_dir: Path, args: Namespace, model: str) -> list[dict[str, Any]
 def main() -> None:
     parser = benchmark_parser(__doc__ or "")
     parser.add_argument("--model", default=None, help="A trained run. Default: random weights, a U-Net and a DiT.")
-    parser.add_argument("--num_images", type=int, default=8, help="Images, of as many prompts or labels.")
+    parser.add_argument("--num_images", type=int, default=8, help="Number of images, one for each prompt or label.")
     parser.add_argument("--num_inference_steps", type=int, default=20, help="Steps of the sampler.")
     parser.add_argument("--guidance_scale", type=float, default=4.0, help="1 = off.")
-    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no", help="Of the first table.")
+    parser.add_argument(
+        "--mixed_precision", choices=["no", "bf16"], default="no", help="Autocast precision of the first table."
+    )
     parser.add_argument("--rounds", type=int, default=3, help="Turns of each.")
-    parser.add_argument("--no_speed_ups", action="store_true", help="The first table only.")
+    parser.add_argument("--no_speed_ups", action="store_true", help="Measure the first table only.")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         runs = {"run": Path(args.model)} if args.model else {m: make_run(Path(scratch) / m, m) for m in CONFIGS}

@@ -160,8 +160,10 @@ def measured_table() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peak_tflops", type=float, default=209.5, help="Dense bf16 peak of the GPU, TFLOP/s.")
-    parser.add_argument("--utilisation", type=float, default=0.35, help="Share of it that training reaches (MFU).")
-    parser.add_argument("--price_per_hour", type=float, default=1.0, help="Of one GPU, in any currency.")
+    parser.add_argument(
+        "--utilisation", type=float, default=0.35, help="Share of the peak that training reaches (MFU)."
+    )
+    parser.add_argument("--price_per_hour", type=float, default=1.0, help="Price of one GPU hour, in any currency.")
     parser.add_argument("--measure", action="store_true", help="Time what grows with the number of images, here.")
     args = parser.parse_args()
     if args.measure:

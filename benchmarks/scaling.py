@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --num_processes 1 --batch_sizes 64 128 256 --sides 32 --memory_cap_gb 32 \\
-        -- --config configs/text_to_image_32gb.yaml
+        -- --config configs/image/text_to_image_32gb.yaml
 
 What stands behind `--` goes to `train_text_to_image_ldm.py`. Each figure is of a process of its own, from a cache of
 random numbers with captions of CLIP-L's shape; several processes have a batch each.
@@ -111,14 +111,18 @@ def main() -> None:
         "--accelerate_config",
         type=Path,
         default=ROOT / "configs" / "accelerate" / "cpu_ddp.yaml",
-        help="For several processes.",
+        help="Configuration of accelerate for several processes.",
     )
-    parser.add_argument("--threads", type=int, default=None, help="Of each process, on a CPU.")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[4, 8, 16, 32], help="Of one process.")
-    parser.add_argument("--sides", type=int, nargs="+", default=[8, 16, 32], help="Of the latents.")
-    parser.add_argument("--num_steps", type=int, default=10, help="That are measured, for each figure.")
-    parser.add_argument("--memory_cap_gb", type=float, default=None, help="Of a GPU, as if it had no more.")
-    parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help=f"Of the trainer. Default: {' '.join(SMALL)}")
+    parser.add_argument("--threads", type=int, default=None, help="Threads of each process, on a CPU.")
+    parser.add_argument(
+        "--batch_sizes", type=int, nargs="+", default=[4, 8, 16, 32], help="Batch sizes of one process."
+    )
+    parser.add_argument("--sides", type=int, nargs="+", default=[8, 16, 32], help="Height and width of the latents.")
+    parser.add_argument("--num_steps", type=int, default=10, help="Steps to measure for each figure.")
+    parser.add_argument("--memory_cap_gb", type=float, default=None, help="GPU memory to use at most.")
+    parser.add_argument(
+        "flags", nargs="*", metavar="-- FLAGS", help=f"Flags of the trainer. Default: {' '.join(SMALL)}"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, Path(folder))

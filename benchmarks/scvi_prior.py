@@ -23,7 +23,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--counts_layer", default=None, help="Layer with the raw counts. Default: X.")
     parser.add_argument("--vae", required=True, help="A run of train_expression_vae.py: its genes and its split.")
     parser.add_argument("--num_samples", type=int, default=1000, help="Cells to make.")
-    parser.add_argument("--seed", type=int, default=0, help="Of training and samples.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of training and samples.")
     parser.add_argument("--output_dir", required=True, help="Where cells.h5ad goes.")
     return parser.parse_args()
 

@@ -119,12 +119,12 @@ def measure(name: str, args: Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = benchmark_parser(__doc__ or "")
-    parser.add_argument("--cases", nargs="+", choices=list(BY_NAME), default=list(BY_NAME), help="What is measured.")
+    parser.add_argument("--cases", nargs="+", choices=list(BY_NAME), default=list(BY_NAME), help="Cases to measure.")
     parser.add_argument("--batch_size", type=int, default=None, help="Samples a step. Default: some for a small CPU.")
     parser.add_argument("--dit_size", default="S/2", help="--model_size of the DiT.")
     parser.add_argument("--block", type=int, default=10, help="Steps of a turn.")
     parser.add_argument("--rounds", type=int, default=5, help="Turns of each.")
-    parser.add_argument("--torch_compile", action="store_true", help="Compile both.")
+    parser.add_argument("--torch_compile", action="store_true", help="Compile both loops with torch.compile.")
     args = parser.parse_args()
     rows = []
     for name in args.cases:

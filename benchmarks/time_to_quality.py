@@ -87,15 +87,24 @@ def main() -> None:
     parser = benchmark_parser(__doc__ or "")
     parser.add_argument("--latents_dir", type=Path, required=True, help="Latent cache with labels.")
     parser.add_argument("--reference", required=True, help="Real images: those that the cache was not made of.")
-    parser.add_argument("--reference_split", default="test", help="Of --reference.")
-    parser.add_argument("--classifier", type=Path, required=True, help="Of benchmarks/train_classifier.py.")
-    parser.add_argument("--model_config", type=Path, default=ROOT / "configs" / "demo_dit.yaml", help="Over DiT-S/2.")
-    parser.add_argument("--minutes", type=float, default=2.0, help="Of each training.")
+    parser.add_argument("--reference_split", default="test", help="Split of --reference.")
+    parser.add_argument(
+        "--classifier", type=Path, required=True, help="Folder made by benchmarks/train_classifier.py."
+    )
+    parser.add_argument(
+        "--model_config",
+        type=Path,
+        default=ROOT / "configs" / "demo" / "dit.yaml",
+        help="Arguments of the model that override DiT-S/2.",
+    )
+    parser.add_argument("--minutes", type=float, default=2.0, help="Minutes of each training.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Trainings of each recipe.")
-    parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES), help="Which ones.")
-    parser.add_argument("--num_samples", type=int, default=1000, help="That are judged.")
+    parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES), help="Recipes to train.")
+    parser.add_argument("--num_samples", type=int, default=1000, help="Number of samples to evaluate.")
     parser.add_argument("--num_reference", type=int, default=10_000, help="Real images.")
-    parser.add_argument("--guidance_scale", type=float, default=2.0, help="Of all recipes.")
+    parser.add_argument(
+        "--guidance_scale", type=float, default=2.0, help="Guidance scale of the samples, for all recipes."
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/time_to_quality"), help="New: runs and logs.")
     parser.add_argument("--jobs", type=int, default=1, help="Trainings at once.")
     args = parser.parse_args()

@@ -42,9 +42,7 @@ def main() -> None:
     parser.add_argument("--size", choices=list(DIT_SIZES), default="B", help="Size of the DiT.")
     parser.add_argument("--sample_size", type=int, default=64, help="Side of the latents; patches are 2 x 2.")
     parser.add_argument("--batch_size", type=int, default=1, help="Samples a step.")
-    parser.add_argument(
-        "--ratios", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75], help="Shares that are routed."
-    )
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75], help="Ratios to measure.")
     parser.add_argument("--rounds", type=int, default=5, help="Steps of each ratio, after one to warm up.")
     parser.add_argument("--threads", type=int, default=1, help="Threads of torch.")
     parser.add_argument("--device", default="cpu", help="Where to run.")

@@ -38,11 +38,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--block_out_channels", type=int, nargs="+", default=[32, 64, 128, 256], help="Channels of each level."
     )
-    parser.add_argument("--epochs", type=int, default=10, help="Times that each image is seen.")
+    parser.add_argument("--epochs", type=int, default=10, help="Epochs of training.")
     parser.add_argument("--batch_size", type=int, default=256, help="Images a step.")
-    parser.add_argument("--learning_rate", type=float, default=5e-3, help="At its highest.")
+    parser.add_argument("--learning_rate", type=float, default=5e-3, help="Peak learning rate.")
     parser.add_argument("--max_samples", type=int, default=None, help="Use the first N rows of each split only.")
-    parser.add_argument("--seed", type=int, default=0, help="Of weights, order and augmentation.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of weights, data order and augmentation.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where to run.")
     parser.add_argument("--output_dir", required=True, help="Where the classifier goes.")
     return parser.parse_args()

@@ -102,11 +102,13 @@ def profile_rows(profiler: Any, count: int = 12) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = benchmark_parser(__doc__ or "")
-    parser.add_argument("--num_steps", type=int, default=10, help="That are measured.")
-    parser.add_argument("--warm_up", type=int, default=3, help="Steps before them.")
-    parser.add_argument("--memory_cap_gb", type=float, default=None, help="Of the GPU, as if it had no more.")
+    parser.add_argument("--num_steps", type=int, default=10, help="Steps to measure.")
+    parser.add_argument("--warm_up", type=int, default=3, help="Steps before the measured ones.")
+    parser.add_argument("--memory_cap_gb", type=float, default=None, help="GPU memory to use at most.")
     parser.add_argument("--profile", action="store_true", help="Also list the operators that take most of the time.")
-    parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="Of train_text_to_image_ldm.py, no --output_dir.")
+    parser.add_argument(
+        "flags", nargs="*", metavar="-- FLAGS", help="Flags of train_text_to_image_ldm.py, without --output_dir."
+    )
     args = parser.parse_args()
     if args.memory_cap_gb is not None:
         total = torch.cuda.get_device_properties(0).total_memory

@@ -29,7 +29,9 @@ TEST_FRACTION = 0.2
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Write scikit-learn's digits as a captioned image folder.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder to write; must be empty or absent.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the train/test split and of the text tower's weights.")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Seed of the train/test split and of the text tower's weights."
+    )
     return parser.parse_args()
 
 

@@ -1,7 +1,7 @@
 #!/bin/bash
-# Two nodes of 8 GPUs under Slurm, one task a GPU. The tasks are the trainers themselves, with no launcher in between: the
-# SIGTERM that Slurm sends three minutes before the time is up reaches them, they write a checkpoint, and the job that is
-# queued again goes on from it.
+# Two nodes of 8 GPUs under Slurm, one task per GPU. The tasks are the trainers themselves, with no launcher in between. So the
+# SIGTERM that Slurm sends three minutes before the time limit reaches them, they write a checkpoint, and the requeued job
+# resumes from it.
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
@@ -15,6 +15,6 @@ export MASTER_PORT=29500
 srun bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID
     export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
-    exec .venv/bin/python train_text_to_image_ldm.py --config configs/text_to_image_32gb.yaml \
+    exec .venv/bin/python train_text_to_image_ldm.py --config configs/image/text_to_image_32gb.yaml \
         --latents_dir cache/photos --output_dir runs/photos --mixed_precision bf16 --resume_from_checkpoint latest
 '

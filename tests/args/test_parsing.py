@@ -289,3 +289,14 @@ def test_repeated_prompts_round_trip(monkeypatch, tmp_path):
     save_args(first, tmp_path, SimpleNamespace(is_main_process=True))
     again = parse_script(monkeypatch, "train_text_to_image_ldm", ["--config", str(tmp_path / "args.yaml")])
     assert again.validation_prompts == first.validation_prompts == prompts
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [([], None), (["--name"], None), (["--name", "a"], "a"), (["--name=a", "--seed", "1"], "a"),
+     (["--name", "a", "--name", "b"], "b"), (["--seed", "1"], None)],
+    ids=str,
+)  # fmt: skip
+def test_a_flag_is_read_before_the_others_are_declared(monkeypatch, words, value):
+    monkeypatch.setattr(sys, "argv", ["script.py", *words])
+    assert typed_value("name") == value

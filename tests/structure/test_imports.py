@@ -188,7 +188,7 @@ def faults_of_width(folders: dict[str, int]) -> list[str]:
 def entries() -> dict[str, int]:
     """How many entries each folder has, `__init__.py` and what Python leaves aside."""
     found = {}
-    for top in ("utils",):
+    for top in ("utils", "tests", "configs", "docs"):
         for folder in [ROOT / top, *(path for path in (ROOT / top).rglob("*") if path.is_dir())]:
             names = {path.name for path in folder.iterdir()} - {"__init__.py", "__pycache__"}
             if "__pycache__" not in folder.parts:

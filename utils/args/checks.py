@@ -1,4 +1,4 @@
-"""Combinations of arguments that make no sense, each refused with the reason. Imports no torch."""
+"""Checks that refuse combinations of arguments that make no sense, with the reason. Imports no torch."""
 
 import os
 from argparse import Namespace
@@ -11,7 +11,7 @@ from utils.files import names_in, read_json
 
 
 def check_new_folder(output_dir: str | None) -> None:
-    """Raises UserError for an --output_dir that is taken."""
+    """Raises UserError if --output_dir is a file or not empty."""
     if output_dir and Path(output_dir).is_file():
         raise UserError(f"--output_dir: {output_dir} is a file; give a new folder")
     if output_dir and names_in(Path(output_dir)):
@@ -19,7 +19,7 @@ def check_new_folder(output_dir: str | None) -> None:
 
 
 def check_denoiser_args(args: Namespace) -> None:
-    """All the checks that the trainers of denoisers share, in the order in which they settle things."""
+    """All checks that the trainers of denoisers share. Their order matters: some set what later ones read."""
     check_run_args(args)
     check_lora_args(args)
     check_objective_args(args)
@@ -34,20 +34,20 @@ MAX_SIGMA_REL = 12**-0.5  # the plain mean of all weights
 
 
 def check_run_args(args: Namespace) -> None:
-    """Settles how long a run is: steps, hours, or whichever ends first."""
+    """Sets the default of --max_train_steps where neither steps nor hours are given."""
     if args.max_train_steps is None and args.max_train_hours is None:
         args.max_train_steps = DEFAULT_TRAIN_STEPS
 
 
 def check_objective_args(args: Namespace) -> None:
-    """Refuses combinations that make no sense, with the reason."""
+    """Refuses combinations of objective flags that make no sense."""
     ddpm_only = ("snr_gamma", "noise_offset", "input_perturbation", "rescale_betas_zero_snr")
     for name in ddpm_only:
         if args.prediction_type == "flow" and getattr(args, name):
             raise UserError(f"--{name} with --prediction_type flow: it belongs to the DDPM objectives; leave it out")
     for name in ("timestep_density", "flow_shift", "beta_schedule"):
         is_flow_flag = name != "beta_schedule"
-        # args.yaml of a finished run names every flag: only a value other than the default is a wish.
+        # args.yaml of a finished run has every flag, so only a value other than the default counts as given.
         if is_flow_flag != (args.prediction_type == "flow") and getattr(args, name) not in (
             "logit_normal",
             1.0,
@@ -66,7 +66,7 @@ def check_objective_args(args: Namespace) -> None:
 
 
 def check_optimizer_args(args: Namespace) -> None:
-    """Settles the name of the optimizer, for which --use_8bit_adam is an older flag."""
+    """Translates the older flag --use_8bit_adam to --optimizer adamw_8bit."""
     if not args.use_8bit_adam:
         return
     if "optimizer" in args.given and args.optimizer != "adamw_8bit":
@@ -79,9 +79,8 @@ def check_optimizer_args(args: Namespace) -> None:
 
 
 def check_lora_args(args: Namespace) -> None:
-    """Refuses settings of adapters that are not there, and what cannot be done with them; settles what a run that is
-    fine-tuned decides. To be called before the checks of what that is: model and objective.
-    """
+    """Refuses flags of adapters without adapters, and what cannot be combined with adapters. Sets the flags that the
+    base run decides, so call it before the checks of model and objective."""
     for name in ("lora_alpha", "lora_target_modules"):
         if name in args.given and args.lora_rank is None:
             raise UserError(f"--{name} without --lora_rank: there are no adapters; give their rank, 16 say")
@@ -96,11 +95,11 @@ def check_lora_args(args: Namespace) -> None:
         )
     if args.lora_rank and args.ema_sigma_rels:
         raise UserError(
-            "--ema_sigma_rels with --lora_rank: sample.py puts such averages together from whole models; leave it out"
+            "--ema_sigma_rels with --lora_rank: sample.py reconstructs such averages from whole models; leave it out"
         )
     if args.lora_rank and os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
         raise UserError(
-            "--lora_rank under FSDP: the whole copies that are exported there know no adapters; use "
+            "--lora_rank under FSDP: the exported copies of the whole model contain no adapters; use "
             "configs/accelerate/multi_gpu.yaml"
         )
     if args.pretrained_model_name_or_path:
@@ -109,9 +108,10 @@ def check_lora_args(args: Namespace) -> None:
 
 
 def settings_of_run(path: Path) -> dict[str, Any]:
-    """The flags that a trained run decides for those that start from it: its kind of model, and its objective."""
+    """The flags that a trained run decides for runs that start from it: the kind of model, and the objective. Raises
+    UserError if `path` is no run."""
     flag = "--pretrained_model_name_or_path"
-    run_dir = path if (path / "scheduler").is_dir() else path.parent  # which is that of a checkpoint
+    run_dir = path if (path / "scheduler").is_dir() else path.parent  # `path` is a checkpoint
     kinds = {"transformer": "dit", "unet": "unet"}
     model = next((kind for folder, kind in kinds.items() if (run_dir / folder / "config.json").is_file()), None)
     if not path.is_dir() or model is None or not (run_dir / "scheduler" / "scheduler_config.json").is_file():
@@ -137,13 +137,13 @@ def settle(args: Namespace, name: str, value: Any) -> None:
 
 
 def check_ema_args(args: Namespace) -> None:
-    """Refuses a decay of an average that is not kept."""
+    """Refuses --ema_decay if no average is kept."""
     if not args.use_ema and "ema_decay" in args.typed:
         raise UserError("--ema_decay with --no-use_ema: no average is kept; leave one out")
 
 
 def check_power_ema_args(args: Namespace) -> None:
-    """Refuses widths that no power function has, and settings of snapshots that are not kept."""
+    """Refuses widths that no power function has, and flags of snapshots if none are kept."""
     if args.ema_sigma_rels and not args.use_ema:
         raise UserError("--ema_sigma_rels with --no-use_ema: no average is kept; leave one out")
     if "ema_snapshot_steps" in args.typed and not args.ema_sigma_rels:
@@ -153,7 +153,7 @@ def check_power_ema_args(args: Namespace) -> None:
             raise UserError(f"--ema_sigma_rels: {sigma_rel} is not below {MAX_SIGMA_REL:.4f}; 0.05 0.1 is usual")
 
 
-# Flags that mean nothing without another one, and what to do about it.
+# Flags that have no effect without --eval_steps.
 NEEDS_EVAL_STEPS = (
     *("num_validation_samples", "validation_latents_dir", "eval_batch_size", "eval_features", "best_metric"),
     "early_stopping_patience",
@@ -161,7 +161,7 @@ NEEDS_EVAL_STEPS = (
 
 
 def check_evaluation_args(args: Namespace) -> None:
-    """Refuses settings of evaluations that are not made, and evaluations of nothing."""
+    """Refuses flags of evaluations without --eval_steps, and --eval_steps without latents to evaluate on."""
     for name in NEEDS_EVAL_STEPS:
         if name in args.given and args.eval_steps is None:
             raise UserError(f"--{name} without --eval_steps: nothing is evaluated; give the steps between evaluations")
@@ -173,5 +173,5 @@ def check_evaluation_args(args: Namespace) -> None:
             "give a cache of another split as --validation_latents_dir"
         )
     refuse_together(
-        args, "num_validation_samples", "validation_latents_dir", "the latents are held out here or there; use one"
+        args, "num_validation_samples", "validation_latents_dir", "both select the held-out latents; use one"
     )

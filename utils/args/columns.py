@@ -7,34 +7,36 @@ from utils.errors import UserError
 
 
 def add_column_condition_args(parser: ArgumentParser, help_of_condition: str) -> None:
-    """What the denoiser is told."""
+    """Adds the flags of the conditions; `help_of_condition` lists the kinds."""
     group = parser.add_argument_group("conditions")
     group.add_argument(
         "--condition",
         nargs="+",
         default=None,
         metavar="KIND[:COLUMN]",
-        help=f"{help_of_condition}; several at once. Default: unconditional.",
+        help=f"Conditions of the denoiser: {help_of_condition}; several may be given. Default: unconditional.",
     )
     group.add_argument(
         "--cond_drop_prob",
         type=fraction,
         default=0.1,
-        help="Share of samples that are told nothing; of several conditions each is dropped by itself as often too.",
+        help="Probability of dropping all conditions of a sample, for classifier-free guidance; each of several "
+        "conditions is also dropped alone with this probability.",
     )
 
 
 def check_column_condition_args(args: Namespace) -> None:
-    """Refuses settings of conditions that are not there."""
+    """Refuses flags of conditions without --condition."""
     for name in ("cond_drop_prob", "validation_guidance_scale"):
         if name in args.typed and not args.condition:
-            raise UserError(f"--{name} without --condition: the denoiser is told nothing; leave it out")
+            raise UserError(f"--{name} without --condition: the denoiser is unconditional; leave it out")
 
 
 def parse_conditions(
     texts: list[str] | None, kinds: tuple[str, ...], of_atoms: tuple[str, ...] = (), example: str = "band_gap"
 ) -> dict[str, str]:
-    """What --condition asks for: name -> kind, in a fixed order. Raises UserError for anything else."""
+    """The conditions that --condition names: name -> kind, sorted by name. Conditions `of_atoms` need no column.
+    Raises UserError for anything that is not among the `kinds`."""
     found: dict[str, str] = {}
     for text in texts or []:
         kind, _, column = text.partition(":")

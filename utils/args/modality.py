@@ -1,4 +1,4 @@
-"""What a row of the table of modalities says. Imports no torch."""
+"""The row of a modality in the table of modalities. Imports no torch."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -17,7 +17,7 @@ CheckFlags = Callable[[Namespace], None]  # raises UserError for combinations th
 class Modality:
     """One kind of data: a folder of `utils` with rooms of fixed names, and what scripts must know of it."""
 
-    name: str  # its folder, and what --modality takes
+    name: str  # its folder in `utils`, and its value of --modality
     samples: str  # for messages and progress bars
     autoencoder: str  # the class by which a run's folder is told; "" is any other
     guidance_scale: float  # the default where something is asked for and no weaker run guides; 1 is off
@@ -33,7 +33,7 @@ class Modality:
         return getattr(import_module(f"utils.{self.name}.{file}"), name)
 
     def is_run(self, path: Path) -> bool:
-        """Whether a run's folder, or one of its checkpoints, is of this modality, by the class of its autoencoder."""
+        """Whether a run's folder, or one of its checkpoints, is of this modality, by its autoencoder's class."""
         return self.autoencoder in autoencoders_of(path)
 
     def request_names(self) -> set[str]:
@@ -45,6 +45,6 @@ class Modality:
 
 
 def autoencoders_of(path: Path) -> list[str]:
-    """The class of the autoencoder in a run's folder, or beside one of its checkpoints."""
+    """Class names of the autoencoders in a run's folder, or beside one of its checkpoints."""
     configs = (folder / "vae" / "config.json" for folder in (path, path.parent))
     return [str(read_json(each).get("_class_name")) for each in configs if each.is_file()]

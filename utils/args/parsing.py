@@ -1,6 +1,4 @@
-"""Parsing: the types of flags, the YAML file that can fill them, and how a script reports bad input. Imports no
-torch.
-"""
+"""Parsing: the types of flags, the YAML file of --config, and how a script reports bad input. Imports no torch."""
 
 import argparse
 import logging
@@ -8,6 +6,7 @@ import os
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,14 +16,14 @@ from utils.errors import UserError
 
 
 class Unset(list):
-    """Stands for a flag that was not given; a list, because repeated flags append to a copy of what stands there."""
+    """Marks a flag that was not given. It is a list, because repeated flags append to a copy of the default."""
 
 
 UNSET: Any = Unset()
 
 
 def positive_int(text: str) -> int:
-    """A whole number of at least 1."""
+    """Parses a whole number of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
@@ -32,7 +31,7 @@ def positive_int(text: str) -> int:
 
 
 def non_negative_int(text: str) -> int:
-    """A whole number of at least 0."""
+    """Parses a whole number of at least 0."""
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
@@ -40,7 +39,7 @@ def non_negative_int(text: str) -> int:
 
 
 def non_negative_float(text: str) -> float:
-    """A number of at least 0."""
+    """Parses a finite number of at least 0."""
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
@@ -48,7 +47,7 @@ def non_negative_float(text: str) -> float:
 
 
 def positive_float(text: str) -> float:
-    """A number above 0."""
+    """Parses a finite number above 0."""
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
@@ -56,7 +55,7 @@ def positive_float(text: str) -> float:
 
 
 def fraction(text: str) -> float:
-    """A number from 0 to 1."""
+    """Parses a number from 0 to 1."""
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
@@ -64,11 +63,10 @@ def fraction(text: str) -> float:
 
 
 def parse_with_config(parser: ArgumentParser, argv: list[str] | None = None) -> Namespace:
-    """Parses the command line over `--config FILE.yaml` over the defaults.
+    """Parses the arguments: the command line overrides `--config FILE.yaml`, which overrides the defaults.
 
-    The result has two more attributes: `typed`, the names on the command line, and `given`, those and the ones
-    that the file sets to something other than the default.
-    """
+    The result has two more attributes: `typed`, the names on the command line, and `given`, those and the names that
+    the file sets to something other than the default."""
     parser.add_argument(
         "--config", metavar="FILE.yaml", default=None, help="YAML file of these flags; the command line wins."
     )
@@ -85,9 +83,8 @@ def parse_with_config(parser: ArgumentParser, argv: list[str] | None = None) -> 
 
 
 def peek(parser: ArgumentParser, name: str) -> Any:
-    """The value that a flag of `parser` will have, when the rest of the flags depends on it and is not declared yet.
-    Anything that is wrong with it is left for `parse_with_config` to say.
-    """
+    """The value that a flag of `parser` will have. For flags on which the declaration of other flags depends. Invalid
+    values are left for `parse_with_config` to refuse."""
     action = next(action for action in parser._actions if action.dest == name)
     value, path = typed_value(name), typed_value("config")
     if value is None and path is not None:
@@ -99,9 +96,9 @@ def peek(parser: ArgumentParser, name: str) -> Any:
 
 
 def typed_value(name: str) -> str | None:
-    """What stands behind a flag on the command line, the last time that it is there."""
-    found, words = None, sys.argv[1:]
-    for word, following in zip(words, [*words[1:], None], strict=True):
+    """The last value that the command line gives a flag; None if it gives none."""
+    found = None
+    for word, following in zip_longest(sys.argv[1:], sys.argv[2:]):
         if word == f"--{name}":
             found = following
         elif word.startswith(f"--{name}="):
@@ -110,13 +107,12 @@ def typed_value(name: str) -> str | None:
 
 
 def refuse_arguments(message: str) -> NoReturn:
-    """In place of `ArgumentParser.error`, which prints some seventy lines of usage above the one that matters."""
+    """Replaces `ArgumentParser.error`, which prints some seventy lines of usage above the line that matters."""
     raise UserError(message.removeprefix("argument "))
 
 
 def read_yaml(path: str, flag: str) -> dict[str, Any]:
-    """The `key: value` lines of a YAML or JSON file (JSON is YAML). Raises UserError that names the flag and the
-    file."""
+    """The `key: value` lines of a YAML or JSON file (JSON is YAML). Raises UserError with the flag and the file."""
     if not Path(path).is_file():
         raise UserError(f"{flag}: the file {path} does not exist")
     try:
@@ -129,7 +125,7 @@ def read_yaml(path: str, flag: str) -> dict[str, Any]:
 
 
 def read_config(path: str, actions: dict[str, argparse.Action]) -> dict[str, Any]:
-    """Values of a YAML file, checked against the flags they fill. Raises UserError that names the file and the key."""
+    """The values of a YAML file, checked against the flags that they set. Raises UserError with file and key."""
     values = read_yaml(path, "--config")
     for key in values:
         if key not in actions or key == "config":
@@ -139,7 +135,7 @@ def read_config(path: str, actions: dict[str, argparse.Action]) -> dict[str, Any
 
 
 def checked_value(path: str, key: str, value: Any, action: argparse.Action) -> Any:
-    """One value of a config file as its flag would have parsed it."""
+    """One value of a config file, converted as its flag would convert it. Raises UserError with file and key."""
 
     def refuse(expected: str) -> UserError:
         return UserError(f"--config {path}: {key}: expected {expected}, found {value!r}")
@@ -161,10 +157,10 @@ def checked_value(path: str, key: str, value: Any, action: argparse.Action) -> A
 
 
 def converted(value: Any, action: argparse.Action, refuse: Callable[[str], UserError]) -> Any:
-    """A scalar through its flag's type and choices."""
+    """A scalar, converted by its flag's type and checked against its choices."""
     convert: Any = action.type
     if value is False and "no" in (action.choices or ()):
-        value = "no"  # which YAML reads as false unless it is quoted
+        value = "no"  # YAML reads an unquoted `no` as false
     if isinstance(value, bool | list | dict) or (convert is None and not isinstance(value, str)):
         raise refuse("text" if convert is None else "a number")
     try:
@@ -180,7 +176,7 @@ def converted(value: Any, action: argparse.Action, refuse: Callable[[str], UserE
 
 
 def required(args: Namespace, *names: str) -> None:
-    """Raises UserError for a flag that neither the command line nor the config file gave."""
+    """Raises UserError for a flag that neither the command line nor the config file sets."""
     for name in names:
         if getattr(args, name) is None:
             raise UserError(f"--{name} is required: give it on the command line or in --config")
@@ -192,13 +188,13 @@ def saved_arguments(args: Namespace) -> dict[str, Any]:
 
 
 def refuse_together(args: Namespace, first: str, second: str, reason: str) -> None:
-    """Raises UserError if both flags are set to something other than off."""
+    """Raises UserError, with the reason, if both flags are set to something other than off."""
     if getattr(args, first) and getattr(args, second):
         raise UserError(f"--{first} with --{second}: {reason}")
 
 
 def run_script(main: Callable[[Namespace], None], parse_args: Callable[[], Namespace]) -> None:
-    """Runs a script; bad input becomes one line on standard error and exit code 2, with no traceback."""
+    """Runs a script. Bad input becomes one line on standard error and exit code 2, without a traceback."""
     # diffusers imports these, wanted or not, and they complain where there is no GPU.
     for library in ("xformers", "bitsandbytes"):
         logging.getLogger(library).setLevel(logging.ERROR)
@@ -207,7 +203,7 @@ def run_script(main: Callable[[Namespace], None], parse_args: Callable[[], Names
         return
     except UserError as error:
         message = str(error)
-    # Only now are the frames of `main` gone, and with them its progress bar: the error is the last line.
+    # The frames of `main`, and with them its progress bar, are gone only now: so the error is the last line.
     if os.environ.get("RANK", "0") == "0":
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -1,9 +1,9 @@
-"""Arguments of sampling, for `sample.py` and for whatever else samples a run. Imports no torch."""
+"""Flags of sampling, for `sample.py` and for whatever else samples a run. Imports no torch."""
 
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from typing import Any
 
-from utils.args.parsing import fraction, non_negative_float, non_negative_int, positive_float, positive_int
+from utils.args.parsing import fraction, non_negative_float, positive_float, positive_int
 from utils.errors import UserError
 
 SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "unipc", "flow_euler", "flow_heun")
@@ -16,8 +16,8 @@ def add_sampler_args(parser: ArgumentParser, batch_size: int | None = 16) -> Non
         "--guidance_scale",
         type=non_negative_float,
         default=None,
-        help="1 = off. Default: 7.5 for images, 2 for crystals and with --guide_model; off for cells, and where "
-        "nothing is asked.",
+        help="Scale of classifier-free guidance; 1 is off. Default: 7.5 for images, 2 for crystals and with "
+        "--guide_model; off for cells, and without a condition.",
     )
     group.add_argument(
         "--guidance_interval",
@@ -25,50 +25,55 @@ def add_sampler_args(parser: ArgumentParser, batch_size: int | None = 16) -> Non
         metavar=("START", "END"),
         type=fraction,
         default=[0.0, 1.0],
-        help="Shares of the timesteps, 0 = clean, 1 = noise, between which guidance is on. Default: always.",
+        help="Interval of the timesteps with guidance, as fractions: 0 is clean, 1 is noise. Default: all timesteps.",
     )
     group.add_argument(
         "--guidance_rescale",
         type=fraction,
         default=0.0,
-        help="How far the guided prediction's std goes back to the unguided one's; 0 = off, 1 = all the way.",
+        help="How far to rescale the std of the guided prediction to that of the conditional one; 0 is off, 1 is all "
+        "the way.",
     )
     group.add_argument(
         "--guide_model",
         default=None,
-        help="A weaker run, or an earlier checkpoint, that guidance leads away from (autoguidance).",
+        help="Weaker run, or earlier checkpoint, to guide away from (autoguidance).",
     )
-    group.add_argument("--num_inference_steps", type=positive_int, default=50, help="Steps of the sampler.")
-    group.add_argument("--scheduler", choices=SCHEDULERS, default=None, help="Default: DDIM, or Euler for flow.")
+    group.add_argument("--num_inference_steps", type=positive_int, default=50, help="Number of denoising steps.")
+    group.add_argument(
+        "--scheduler", choices=SCHEDULERS, default=None, help="Sampler. Default: ddim, or flow_euler for flow."
+    )
     group.add_argument(
         "--ema_sigma_rel",
         type=positive_float,
         default=None,
-        help="Sample EDM2's average of this relative width, made of the snapshots that --ema_sigma_rels kept.",
+        help="Sample with EDM2's EMA of this relative width, reconstructed from the snapshots of --ema_sigma_rels.",
     )
-    group.add_argument("--seed", type=non_negative_int, default=0, help="Seed of the first sample.")
     group.add_argument(
         "--batch_size",
         type=positive_int,
         default=batch_size,
         help=f"Samples made at once. Default: {batch_size or '16, of cells 1024'}.",
     )
-    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Autocast.")
-    group.add_argument("--device", default=None, help="cuda, cpu, ... Default: cuda where there is one.")
+    group.add_argument(
+        "--batch_size", type=positive_int, default=16, help="Number of samples in a batch. Default for cells: 1024."
+    )
+    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Autocast precision.")
+    group.add_argument("--device", default=None, help="Device such as cuda or cpu. Default: cuda if available.")
 
 
 def add_speed_args(parser: ArgumentParser) -> None:
-    """What makes the model's calls faster; docs/performance.md says by how much, and what it does to images."""
+    """Adds the flags that make sampling faster; docs/performance.md has their effect on speed and images."""
     group = parser.add_argument_group("speed")
     group.add_argument(
         "--torch_compile",
         action=BooleanOptionalAction,
         default=False,
-        help="Compile the denoiser: the first batch takes a minute longer, the others less.",
+        help="Compile the denoiser with torch.compile: the first batch takes a minute longer, later ones are faster.",
     )
 
 
-# What a sweep can go over: flags of sampling, and how their values are read.
+# Flags that --sweep can vary, and the types of their values.
 SWEEPS = {
     "guidance_scale": non_negative_float,
     "num_inference_steps": positive_int,
@@ -77,7 +82,7 @@ SWEEPS = {
 
 
 def check_sweep(args: Namespace) -> None:
-    """Refuses a sweep over nothing."""
+    """Refuses a --sweep over an unknown flag, over fewer than two values, or over a flag that is set itself."""
     name, *values = args.sweep
     if name not in SWEEPS:
         raise UserError(f"--sweep {name}: expected one of {', '.join(SWEEPS)}")
@@ -85,12 +90,12 @@ def check_sweep(args: Namespace) -> None:
         raise UserError(f"--sweep {name}: expected at least two values, each once, found {' '.join(values) or 'none'}")
     if name in args.given:
         raise UserError(f"--{name} with --sweep {name}: the sweep sets it; leave one out")
-    sweep_points(args)  # words for numbers are said before anything is loaded
+    sweep_points(args)  # raises for values that are no numbers, before anything is loaded
 
 
 def sweep_points(args: Namespace) -> list[dict[str, Any]]:
-    """The flags that each point sets; a single empty one without a sweep. Raises UserError for values of another
-    type."""
+    """The flags that each point of --sweep sets; one empty point without a sweep. Raises UserError for values of the
+    wrong type."""
     if not args.sweep:
         return [{}]
     name, *texts = args.sweep

@@ -159,7 +159,7 @@ def write_latents(
     world, rank = accelerator.num_processes, accelerator.process_index
     done = sum(manifest["num_rows"] + len(manifest["skipped"]) for manifest in shards.manifests())
     if done:
-        logger.info("going on with %s: %d images are done", cache_dir, done)
+        logger.info("resuming %s: %d images are done", cache_dir, done)
     num_skipped = 0
     num_rows = source.num_part_rows()
     share = num_rows and -(-num_rows // world)  # each process writes about as many

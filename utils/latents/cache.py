@@ -78,7 +78,7 @@ class LatentCache:
     latents is read by its subclass.
     """
 
-    reader: PartReader | None = None  # of a whole cache there is none
+    reader: PartReader | None = None  # None for a whole cache
 
     def __init__(self, cache_dir: str | Path, normalisation: str = "vae"):
         """`normalisation`: "vae" (its scaling and shift) or "measured" (mean and std per channel of this data)."""

@@ -1,4 +1,4 @@
-"""Latent caches with the columns of their source, which can become conditions."""
+"""Latent caches that also hold the columns of their source, which can become conditions."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -10,7 +10,7 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.latents.cache import Draw, LatentCache
 
-TAKEN = ("latents", "attention_mask", "positions")  # names of a batch's own values
+TAKEN = ("latents", "attention_mask", "positions")  # names that every batch uses itself
 
 
 class ColumnCache(LatentCache):
@@ -18,15 +18,15 @@ class ColumnCache(LatentCache):
     `use_conditions`.
     """
 
-    kind, title = "", ""  # of the latents, and of what they are of
-    derived: tuple[str, ...] = ()  # kinds of conditions that follow from something else than a column
+    kind, title = "", ""  # kind of the latents, and a name for the samples
+    derived: tuple[str, ...] = ()  # kinds of conditions that are not columns of the source
 
     def __init__(self, cache_dir: str | Path, normalisation: str = "vae"):
         super().__init__(cache_dir, normalisation)
         if self.spec.kind != self.kind:
             raise UserError(f"--latents_dir: {cache_dir} holds {self.spec.kind} latents; give a cache of {self.title}")
         self.conditions: dict[str, dict[str, Any]] = {}
-        self.values: dict[str, np.ndarray] = {}  # (R,) of each condition that is a column
+        self.values: dict[str, np.ndarray] = {}  # (R,) for each condition that is a column
 
     def use_conditions(self, conditions: dict[str, dict[str, Any]]) -> None:
         """Makes `gather` give the values of `conditions` (name -> kind and settings, see `ConditionSum`). Raises

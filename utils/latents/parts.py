@@ -1,8 +1,7 @@
-"""A latent cache in parts, each on the disk of another machine: who reads which, and what all of them have in common.
+"""A latent cache in parts, each on the disk of another machine: who reads which part, and what all parts share.
 
-Every process reads one part, and every part is read by as many processes as any other, so that each batch has as much
-of each part.
-"""
+Every process reads one part, and every part is read by the same number of processes, so that each batch has equally
+many rows from each part."""
 
 from dataclasses import replace
 from typing import Any
@@ -15,7 +14,7 @@ from utils.latents.spec import LatentSpec, summary
 
 
 def readers_of(parts: list[int], batch_size: int) -> list[PartReader]:
-    """The reader of each process, from the part that each process opened."""
+    """The reader of each process, from the part that it opened."""
     return [
         PartReader(
             batch_size=batch_size,
@@ -30,9 +29,8 @@ def readers_of(parts: list[int], batch_size: int) -> list[PartReader]:
 
 
 def pool(specs: list[LatentSpec]) -> LatentSpec:
-    """The spec of the whole cache, from the spec that each process opened. Raises UserError unless these are one
-    cache, or all parts of one, each opened by as many processes.
-    """
+    """The spec of the whole cache, from the specs that the processes opened. Raises UserError unless these are one
+    cache, or all parts of one, each opened by the same number of processes."""
     parts: list[dict[str, Any] | None] = [spec.fingerprint.get("part") for spec in specs]
     if not any(parts):
         for process, spec in enumerate(specs):
@@ -61,7 +59,7 @@ def pool(specs: list[LatentSpec]) -> LatentSpec:
     for i, spec in enumerate(ordered):
         check_alike(first, spec, i)
     labels = first.labels
-    if labels is not None:  # a column of plain integers has as many classes as the largest label of all parts says
+    if labels is not None:  # plain integers: the largest label of all parts gives the number of classes
         labels = labels | {"num_classes": max(spec.labels["num_classes"] for spec in ordered if spec.labels)}
     return replace(
         first,
@@ -101,6 +99,6 @@ def pooled_statistics(specs: list[LatentSpec]) -> dict[str, list[float]]:
 
 
 def unevenness(specs: list[LatentSpec]) -> float:
-    """How much more often a row of the smallest part is seen than one of the largest: 0.1 is a tenth more."""
+    """How much more often a row of the smallest part is seen than one of the largest: 0.1 means 10 % more often."""
     rows = [spec.num_rows for spec in specs]
     return max(rows) / max(1, min(rows)) - 1

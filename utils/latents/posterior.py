@@ -1,4 +1,4 @@
-"""The normal posterior of an autoencoder, and its health: what the latents of many samples say of it."""
+"""The normal posterior of an autoencoder, and its health, measured on the latents of many samples."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Below these nothing of a sample is left in its latents: nats per latent value, and the share of a channel's variance
-# that is due to the sample and not to noise. Where the posterior matches the prior that share is the variance of the
-# mean over data, whose usual threshold is this one (Burda et al. 2015, arXiv 1509.00519, section 5.2).
+# Below these values latents carry nothing of their sample: KL in nats per latent value, and the share of a channel's
+# variance that is due to the sample and not to noise. Where the posterior matches the prior that share is the variance
+# of the mean over data, whose usual threshold is this one (Burda et al. 2015, arXiv 1509.00519, section 5.2).
 MIN_KL, MIN_ACTIVE_SHARE = 0.01, 0.01
 # Latents of public autoencoders have stds of 1 to 6; far above, sampled and mean latents decode to different images
 # and half precision runs out of range.
@@ -30,39 +30,37 @@ class GaussianPosterior(NamedTuple):
 
     @classmethod
     def of_moments(cls, moments: Tensor) -> "GaussianPosterior":
-        """Of an encoder's output (B, ..., 2 D): means, then log-variances. In fp32."""
+        """Made in fp32 from an encoder's output (B, ..., 2 D): means, then log-variances."""
         mean, logvar = moments.float().chunk(2, dim=-1)
         return cls(mean, logvar.clamp(MIN_LOGVAR, MAX_LOGVAR))
 
 
 @dataclass(frozen=True)
 class PosteriorStatistics:
-    """Of the latents of many samples; lists have an entry for each channel."""
+    """Statistics of the latents of many samples; lists have one entry per channel."""
 
     num_samples: int
     mean: list[float]
-    std: list[float]  # of sampled latents: what differs between samples and positions, and the posterior's noise
+    std: list[float]  # of sampled latents: variation between samples and positions, plus the posterior's noise
     std_of_mean: list[float]  # over samples, at the same position
     posterior_std: list[float]  # root mean square
     kl: float  # nats per latent value
 
     @property
     def shift_and_scaling(self) -> tuple[float, float]:
-        """The mean of all values, and 1 / std about it: one number each for all channels, as diffusers' configs have
-        them.
-        """
+        """The mean of all values, and 1 / std about it: one number each for all channels, as in diffusers' configs."""
         shift = float(np.mean(self.mean))
         variance = np.mean(np.square(self.std) + np.square(np.array(self.mean) - shift))
         return shift, float(1 / np.sqrt(max(variance, 1e-12)))
 
     @property
     def active_channels(self) -> int:
-        """Channels that tell samples apart."""
+        """Number of channels that tell samples apart."""
         signal, noise = np.square(self.std_of_mean), np.square(self.posterior_std)
         return int(np.sum(signal > MIN_ACTIVE_SHARE * (signal + noise)))
 
     def faults(self) -> list[str]:
-        """What is wrong with the posterior, and what to do; empty for a sound one."""
+        """Sentences that say what is wrong with the posterior and what to do; none for a sound one."""
         channels = len(self.mean)
         numbers = [*self.mean, *self.std, *self.posterior_std, self.kl]
         if not np.isfinite(numbers).all():
@@ -93,7 +91,7 @@ class PosteriorSums:
         self.count = 0
         self.mean: Any = 0.0  # (C, h, w) float64, and so is the next
         self.square_of_mean: Any = 0.0
-        self.variance: Any = 0.0  # (C,), and of the posterior
+        self.variance: Any = 0.0  # (C,), variance of the posterior
         self.kl = 0.0
 
     def add(self, mean: Tensor, logvar: Tensor) -> None:
@@ -106,7 +104,7 @@ class PosteriorSums:
         self.count += len(mean)
 
     def statistics(self) -> PosteriorStatistics:
-        """Of all batches together."""
+        """The statistics of all batches together."""
         mean, second = self.mean / self.count, self.square_of_mean / self.count  # (C, h, w)
         posterior = self.variance / self.count
         of_mean = (second - mean.square()).clamp(min=0).mean(dim=(1, 2))
@@ -134,8 +132,7 @@ def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
 
 
 def kl_weight_at(global_step: int, kl_weight: float, warmup_steps: int) -> float:
-    """Weight of the KL divergence in optimizer step `global_step`, counted from 0: linear from near zero (Bowman et
-    al. 2015, arXiv 1511.06349, section 3.1), as a posterior that is pulled to the prior before the decoder can use it
-    may never leave it.
-    """
+    """Weight of the KL divergence in optimizer step `global_step`, counted from 0. It rises linearly from near zero
+    (Bowman et al. 2015, arXiv 1511.06349, section 3.1): a posterior that is pulled to the prior before the decoder can
+    use it may never leave it."""
     return kl_weight * min(1.0, (global_step + 1) / (warmup_steps + 1))

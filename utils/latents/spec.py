@@ -1,4 +1,4 @@
-"""What a latent cache says of itself: its spec, how its latents are normalised, and its fingerprint."""
+"""The spec of a latent cache, the normalisation of its latents, and its fingerprint."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ class Normalisation:
         return per_channel(mean, like), per_channel(std, like)
 
     def normalise(self, raw_latents: Tensor) -> Tensor:
-        """Raw latents, grids (B, C, H, W) or (B, ..., C) -> what the denoiser sees."""
+        """Raw latents, (B, C, H, W) or (B, ..., C) -> latents as the denoiser sees them."""
         mean, std = self._broadcast(raw_latents)
         return (raw_latents.float() - mean) / std
 
@@ -44,18 +44,18 @@ class Normalisation:
         return latents.float() * std + mean
 
     def then(self, other: "Normalisation") -> "Normalisation":
-        """This one, and the other after it, as one."""
+        """The composition: this normalisation, then the other."""
         pairs = zip(self.mean, self.std, other.mean, strict=True)
         mean = tuple(own + std * further for own, std, further in pairs)
         return Normalisation(mean, tuple(own * further for own, further in zip(self.std, other.std, strict=True)))
 
     def is_close(self, other: "Normalisation") -> bool:
-        """Whether both give the same latents, to rounding."""
+        """Whether both give the same latents, up to rounding."""
         offset = np.abs(np.subtract(self.mean, other.mean)) / np.array(self.std)
         return bool((offset < 1e-4).all() and np.allclose(self.std, other.std, rtol=1e-4))
 
     def is_plain_scaling(self) -> bool:
-        """Whether one factor and no shift say it all: what StableDiffusionPipeline can undo."""
+        """Whether it is one factor without a shift: what StableDiffusionPipeline can undo."""
         return not any(self.mean) and len(set(self.std)) == 1
 
 
@@ -88,7 +88,7 @@ class LatentSpec:
     columns: dict[str, Any] | None = None  # of sets and vectors: what is in the other columns of the source
 
     def variants(self) -> list[str]:
-        """The columns of latents, of which one is drawn each time a row is seen."""
+        """The columns of latents, of which one is drawn whenever a row is read."""
         if self.flips:
             return ["latents", "latents_flipped"]
         return ["latents", *(f"latents_{i}" for i in range(1, self.num_translations))]
@@ -113,14 +113,13 @@ class LatentSpec:
         return cls(**values)
 
     def identity(self) -> str:
-        """One hash of the fingerprint, for checkpoints to remember."""
+        """One hash of the fingerprint, stored in checkpoints."""
         return sha256_json(self.fingerprint)
 
 
 def check_fingerprint(found: dict[str, Any], asked: dict[str, Any], cache_dir: str | Path) -> None:
-    """Raises UserError, with both sides, unless the cache was made with everything in `asked` (a part or all of
-    it).
-    """
+    """Raises UserError, which shows both sides, unless the cache was made with everything in `asked`, which is all or
+    part of a fingerprint."""
     for key, wanted in asked.items():
         if comparable(found.get(key)) != comparable(wanted):
             raise UserError(
@@ -130,13 +129,13 @@ def check_fingerprint(found: dict[str, Any], asked: dict[str, Any], cache_dir: s
 
 
 def comparable(value: Any) -> Any:
-    """A fingerprint's entry without the name of a model: the same weights under another path are the same model."""
+    """An entry of a fingerprint without the name of a model: equal weights under another path are the same model."""
     is_model = isinstance(value, dict) and value.keys() == {"name", "class", "sha256"}
     return (value["class"], value["sha256"]) if is_model else value
 
 
 def summary(value: Any) -> str:
-    """A fingerprint's entry in one short line."""
+    """An entry of a fingerprint in one short line."""
     if isinstance(value, dict):
         parts = (f"{k} {str(v)[:12] if 'sha' in k else v}" for k, v in value.items() if not isinstance(v, dict | list))
         return "(" + ", ".join(parts) + ")"

@@ -33,9 +33,7 @@ from utils.latents.spec import SPEC_FILE, LatentSpec, Normalisation, check_finge
 
 
 def caption_id(caption: str) -> int:
-    """A 63-bit id of a caption's content: every process gives the same caption the same id, with no need to ask the
-    others.
-    """
+    """A 63-bit id of a caption's content. All processes give the same caption the same id without communication."""
     return int.from_bytes(hashlib.sha256(caption.encode()).digest()[:8], "big") >> 1
 
 
@@ -89,7 +87,7 @@ class ShardFolder:
         return self.manifest_path(index).is_file() and self.arrow_path(index).is_file()
 
     def write(self, index: int, columns: dict[str, Any], manifest: dict[str, Any]) -> None:
-        """Writes a shard. Fixed-size columns are arrays (rows, n), others lists of Python values."""
+        """Writes a shard. Fixed-size columns are arrays (rows, n), others are lists of Python values."""
         schema = self.features.arrow_schema
         arrays = [self._to_arrow(columns[field.name], field.type) for field in schema]
         temporary = temporary_path(self.arrow_path(index))
@@ -107,7 +105,7 @@ class ShardFolder:
         return pa.array(values, type=type_)
 
     def manifests(self) -> list[dict[str, Any]]:
-        """Manifests of the shards that are done, in order."""
+        """Manifests of the finished shards, in order."""
         return [read_json(path) for path in sorted(self.folder.glob("shard-*.json"))]
 
     def finish(self) -> list[dict[str, Any]]:
@@ -142,7 +140,7 @@ class ShardFolder:
 
 
 class ChannelSums:
-    """Sums over latents, per channel, from which mean and std follow; they add up over shards."""
+    """Sums over latents per channel, which give mean and std. Sums of shards can be added."""
 
     def __init__(self, channels: int):
         self.count, self.total, self.squares = 0, np.zeros(channels), np.zeros(channels)
@@ -161,7 +159,7 @@ class ChannelSums:
 
     @staticmethod
     def combine(parts: list[dict[str, Any]]) -> dict[str, list[float]]:
-        """Mean and std per channel of all parts together."""
+        """Mean and std per channel over all parts."""
         parts = [part for part in parts if part["count"]]
         count = sum(part["count"] for part in parts)
         mean = np.sum([part["total"] for part in parts], axis=0) / count
@@ -170,7 +168,7 @@ class ChannelSums:
 
 
 def distinct_captions(latents: ShardFolder) -> dict[int, str]:
-    """id -> caption of all captions in the latents table, in order of first appearance, after the empty one."""
+    """id -> caption for all captions in the latents table, in order of first appearance, after the empty one."""
     captions = {caption_id(""): ""}
     for table in latents.read_columns(["caption_id", "caption"]):
         ids = table.column("caption_id").combine_chunks().flatten().to_pylist()
@@ -191,11 +189,10 @@ def found_or_made(
     rows_per_shard: int,
     write: Callable[[], None],
 ) -> LatentSpec:
-    """The spec of the cache with this `fingerprint`, finished or made now by `write`, which the main process calls.
-    Raises UserError for a folder with another cache or something else in it.
-    """
+    """The spec of the cache with this `fingerprint`: of the finished one, or of one that the main process makes now by
+    calling `write`. Raises UserError for a folder with another cache or with something else."""
     is_finished = (cache_dir / SPEC_FILE).is_file()
-    accelerator.wait_for_everyone()  # all have looked before one writes: what they find, they find alike
+    accelerator.wait_for_everyone()  # all processes read the folder before one writes, so they find the same
     if is_finished:
         return finished_cache(cache_dir, fingerprint, accelerator.is_main_process)
     if accelerator.is_main_process:
@@ -214,7 +211,7 @@ def finish_cache(
     of_vae: Normalisation,
     sums: ChannelSums,
 ) -> None:
-    """Completes a cache whose shards are written; the spec says what was measured on the way."""
+    """Completes a cache whose shards are written. The spec holds what was measured on the way."""
     shards.finish()
     write_skipped(cache_dir / "skipped.jsonl", skipped)
     normalisation = {"vae": asdict(of_vae), "measured": ChannelSums.combine([sums.to_json()])}
@@ -225,7 +222,7 @@ PLAN_FILE = "plan.json"  # the fingerprint of a cache that is being written
 
 
 def claim_folder(cache_dir: Path, plan: dict[str, Any]) -> None:
-    """Takes an empty folder for this cache, or one in which this very cache was begun."""
+    """Claims an empty folder for this cache, or one in which this same cache was begun."""
     if (cache_dir / PLAN_FILE).is_file():
         check_fingerprint(read_json(cache_dir / PLAN_FILE), plan, cache_dir)
         return
@@ -236,14 +233,14 @@ def claim_folder(cache_dir: Path, plan: dict[str, Any]) -> None:
 
 
 def complete_cache(cache_dir: Path, spec: LatentSpec) -> None:
-    """Writes the spec by which readers know that the cache is whole, and takes away what an unfinished one has."""
+    """Writes the spec, which marks the cache as complete, and removes the marks of an unfinished one."""
     remove_unfinished(cache_dir)
     write_json(cache_dir / SPEC_FILE, asdict(spec))
     (cache_dir / PLAN_FILE).unlink(missing_ok=True)
 
 
 def finished_cache(cache_dir: Path, fingerprint: dict[str, Any], is_main_process: bool) -> LatentSpec:
-    """The spec of a finished cache. Raises UserError if the cache is another one."""
+    """The spec of a finished cache. Raises UserError if it is another cache."""
     spec = LatentSpec.read(cache_dir)
     check_fingerprint(spec.fingerprint, fingerprint, cache_dir)
     if is_main_process:

@@ -1,7 +1,6 @@
-"""Attention and gated feed-forward: what the transformers of denoisers and crystal autoencoders are built of.
+"""Attention and gated feed-forward, the parts of the transformers of denoisers and crystal autoencoders.
 
-This file is copied into exported runs, beside the DiT: it imports torch only.
-"""
+This file is copied into exported runs, beside the DiT: it imports torch only."""
 
 from contextlib import nullcontext
 
@@ -17,10 +16,9 @@ def rotate(values: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """In the dtype that its input has, under autocast too, with sums in float32 as ever. Left to autocast, a norm of
-    half-precision values comes in float32 throughout (on CUDA, torch 2.12 and later), or by eight kernels for want of
-    a weight of the same dtype (before that, and on CPUs).
-    """
+    """RMSNorm in the dtype of its input, under autocast too, with sums in float32. Left to autocast, a norm of
+    half-precision values returns float32 (on CUDA, torch 2.12 and later), or takes eight kernels because its weight
+    has another dtype (before that, and on CPUs)."""
 
     def forward(self, values: Tensor) -> Tensor:
         weight = self.weight if self.weight is None else self.weight.to(values.dtype)

@@ -38,7 +38,8 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0
 
 
 def grid_angles(height: int, width: int, count: int, max_period: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """y and x of each place of a grid, row by row, times `count` falling frequencies: two (height * width, count)."""
+    """y and x of each position in a grid, row by row, times `count` falling frequencies: two of (height * width,
+    count)."""
     frequencies = max_period ** (-torch.arange(count, device=device, dtype=torch.float32) / count)
     y = torch.arange(height, device=device, dtype=torch.float32).repeat_interleave(width)
     x = torch.arange(width, device=device, dtype=torch.float32).repeat(height)
@@ -46,7 +47,7 @@ def grid_angles(height: int, width: int, count: int, max_period: float, device: 
 
 
 def rotary_table(height: int, width: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (height * width, head_dim) of axial positions: half of a head turns with y, half with x."""
+    """Cosines and sines (height * width, head_dim) of axial positions: half of a head rotates with y, half with x."""
     y, x = grid_angles(height, width, head_dim // 4, 100.0, device)
     angles = torch.cat([y, x, y, x], dim=-1)  # (N, head_dim)
     return angles.cos(), angles.sin()
@@ -64,22 +65,22 @@ def modulate(values: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def gelu_mlp(dim: int, mlp_ratio: float) -> nn.Sequential:
-    """The paper's feed-forward."""
+    """The feed-forward of the DiT paper."""
     inner_dim = int(dim * mlp_ratio)
     return nn.Sequential(nn.Linear(dim, inner_dim), nn.GELU(approximate="tanh"), nn.Linear(inner_dim, dim))
 
 
 class Style(NamedTuple):
-    """The parts in which blocks differ."""
+    """The parts in which the blocks of two styles differ."""
 
     norm: Callable[..., nn.Module]
     mlp: Callable[[int, float], nn.Module]
     qk_norm: bool
-    positions: str  # of a grid, one of POSITIONS
+    positions: str  # positions of a grid, one of POSITIONS
 
 
-# Queries and keys turned by them, or sines and cosines added to the tokens. Rotary ones alone say how far tokens are
-# from each other, and not where in the picture they are: docs/performance.md has what that costs.
+# Rotary positions rotate queries and keys; fixed positions are sines and cosines added to the tokens. Rotary ones
+# alone encode distances between tokens, not their places in the picture; docs/performance.md has the cost of that.
 POSITIONS = ("rotary", "fixed", "both")
 STYLES = {
     "modern": Style(RMSNorm, SwiGLU, qk_norm=True, positions="rotary"),
@@ -163,7 +164,7 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if positions is not None and positions not in POSITIONS:
             raise ValueError(f"positions {positions} is none of {', '.join(POSITIONS)}")
         self.positions = positions or STYLES[style].positions
-        patch_dim = patch_size ** (1 if latent_kind == "vector" else 2)  # values of a channel in a token
+        patch_dim = patch_size ** (1 if latent_kind == "vector" else 2)  # values per channel in a token
         self.patch_embed = nn.Linear(in_channels * patch_dim, hidden_size)
         self.places = None
         if latent_kind == "vector":
@@ -206,7 +207,7 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // p) * (width // p), channels * p * p)
 
     def embed_grid(self, sample: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """(B, C, H, W) as tokens (B, N, D) with their places: as rotary tables, or added to them."""
+        """(B, C, H, W) as tokens (B, N, D) with positions: as rotary tables, or added to the tokens."""
         height, width = (side // self.config.patch_size for side in sample.shape[-2:])
         values, rotary = self.patch_embed(self.patchify(sample)), None
         if self.positions != "rotary":
@@ -218,19 +219,19 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return values, rotary
 
     def embed_vector(self, sample: Tensor) -> Tensor:
-        """(B, D) as tokens (B, N, hidden): pieces of it, the last filled up with zeros."""
+        """(B, D) as tokens (B, N, hidden): pieces of the vector, the last one padded with zeros."""
         missing = -sample.shape[1] % self.config.patch_size
         pieces = F.pad(sample, (0, missing)).unflatten(1, (-1, self.config.patch_size))  # (B, N, p)
         return self.patch_embed(pieces) + self.places
 
     def embed(self, sample: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """A sample as tokens (B, N, D), with rotary tables where those say their places."""
+        """A sample as tokens (B, N, D), with rotary tables if those carry the positions."""
         if self.config.latent_kind == "grid":
             return self.embed_grid(sample)
         return (self.patch_embed(sample) if self.places is None else self.embed_vector(sample)), None
 
     def unembed(self, values: Tensor, shape: torch.Size) -> Tensor:
-        """What the tokens (B, N, C p p) say, in the `shape` of a sample."""
+        """The output of the tokens (B, N, C p p), in the `shape` of a sample."""
         if self.config.latent_kind == "grid":
             return self.unpatchify(values, *shape[-2:])
         return values if self.places is None else values.flatten(1)[:, : shape[1]]
@@ -250,8 +251,7 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def route_tokens(self, kept_tokens: Tensor, values: Tensor, emb: Tensor, rotary, *context) -> Tensor:
         """TREAD (arXiv 2501.04765): only `kept_tokens` (B, K) of `values` (B, N, D) pass the middle blocks; the others
-        come back behind them as they were before.
-        """
+        rejoin them unchanged."""
         blocks, end = list(self.blocks), max(BEFORE_ROUTE, len(self.blocks) - AFTER_ROUTE)
         values = self.run_blocks(blocks[:BEFORE_ROUTE], values, emb, rotary, *context)
         index = kept_tokens[..., None].expand(-1, -1, values.shape[-1])  # (B, K, D)
@@ -271,9 +271,8 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return_dict: bool = True,
         kept_tokens: Tensor | None = None,
     ):
-        """`attention_mask` (B, N): the items of a set, True = real. `kept_tokens` (B, K), for training: the tokens
-        that take no route past the middle blocks. None: all.
-        """
+        """`attention_mask` (B, N): items of a set, True = real. `kept_tokens` (B, K), for training: the tokens that
+        pass the middle blocks; None: all tokens."""
         values, rotary = self.embed(sample)  # (B, N, D)
         timestep = timestep.expand(len(sample))
         emb = self.time_embed(timestep_embedding(timestep, 256).to(values.dtype))  # (B, D)

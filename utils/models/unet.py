@@ -14,7 +14,7 @@ class UNetPreset:
     block_out_channels: tuple[int, ...]
     attention_levels: tuple[bool, ...]  # the levels whose blocks attend, highest resolution first
     layers_per_block: int
-    num_heads: int | tuple[int, ...]  # of the blocks with cross-attention, one number or one a level
+    num_heads: int | tuple[int, ...]  # heads of the blocks with cross-attention: one number, or one per level
     norm_num_groups: int = 32
     use_linear_projection: bool = False
 

@@ -1,4 +1,4 @@
-"""Arguments of `plan_budget.py`, its own and the trainers', and the config file it writes. Imports no torch."""
+"""Flags of `plan_budget.py`, its own and the trainers', and the config file that it writes. Imports no torch."""
 
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from pathlib import Path
@@ -10,30 +10,42 @@ from utils.errors import UserError
 from utils.image.args.validation import DEFAULT_EVAL_IMAGES
 
 SCRIPTS = {"text": "train_text_to_image_ldm.py", "class": "train_class_cond_ldm.py"}
-# Flags that one trainer has and the other has not, and those that tell which one is meant.
+# Flags that only one of the two trainers has, and flags from which the trainer can be inferred.
 ONLY = {"text": ("validation_prompts",), "class": ("unconditional", "validation_labels")}
 SIGNS = {"text": ("validation_prompts", "caption_column"), "class": (*ONLY["class"], "label_column")}
 PLANNED = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "max_train_hours")
-OF_CACHE = ("latent_channels", "vae_factor", "sequence_length", "text_width", "num_classes")
+CACHE_SHAPE_FLAGS = ("latent_channels", "vae_factor", "sequence_length", "text_width", "num_classes")
 
 
 def add_plan_args(parser: ArgumentParser) -> set[str]:
-    """What a plan asks for; returns the names, which no trainer has."""
+    """Adds the flags of the plan. Returns their names, which no trainer has."""
     group = parser.add_argument_group("plan")
-    group.add_argument("--hours", type=positive_float, default=None, help="Wall-clock hours that training may take.")
-    group.add_argument("--trainer", choices=[*ONLY], default=None, help="Default: what the other flags tell.")
-    group.add_argument("--dataset_size", type=positive_int, default=None, help="Images; default: those of the cache.")
+    group.add_argument("--hours", type=positive_float, default=None, help="Wall-clock hours for training.")
+    group.add_argument(
+        "--trainer", choices=[*ONLY], default=None, help="Trainer to plan for. Default: inferred from the other flags."
+    )
+    group.add_argument(
+        "--dataset_size", type=positive_int, default=None, help="Number of images. Default: those of the cache."
+    )
     group.add_argument(
         "--effective_batch_size",
         type=positive_int,
         default=None,
-        help="Samples an optimizer step. Default: --train_batch_size times --gradient_accumulation_steps.",
+        help="Samples per optimizer step. Default: --train_batch_size times --gradient_accumulation_steps.",
     )
     group.add_argument(
-        "--max_micro_batch_size", type=positive_int, default=None, help="Largest micro-batch tried. Default: all."
+        "--max_micro_batch_size",
+        type=positive_int,
+        default=None,
+        help="Largest micro-batch to try. Default: no limit.",
     )
-    group.add_argument("--memory_margin", type=fraction, default=0.1, help="Share of the memory that is left free.")
-    group.add_argument("--memory_gb", type=positive_float, default=None, help="Plan as if there were so many GB.")
+    group.add_argument("--memory_margin", type=fraction, default=0.1, help="Fraction of the memory to leave free.")
+    group.add_argument(
+        "--memory_gb",
+        type=positive_float,
+        default=None,
+        help="Plan for this much memory in GB, instead of what the machine has.",
+    )
     group.add_argument("--measure_seconds", type=positive_float, default=20.0, help="Seconds of training to measure.")
     group.add_argument(
         "--measure_precompute",
@@ -41,29 +53,44 @@ def add_plan_args(parser: ArgumentParser) -> set[str]:
         default=False,
         help="Also load the VAE, and the text encoder for captions, and time them.",
     )
-    group.add_argument("--output_config", default="plan.yaml", metavar="FILE.yaml", help="Where the config goes.")
+    group.add_argument(
+        "--output_config", default="plan.yaml", metavar="FILE.yaml", help="File to write the config to."
+    )
     group.add_argument("--latent_channels", type=positive_int, default=4, help="Channels of the VAE's latents.")
-    group.add_argument("--vae_factor", type=positive_int, default=8, help="Pixels of a side for each of the latents.")
-    group.add_argument("--sequence_length", type=positive_int, default=77, help="Tokens of a caption.")
-    group.add_argument("--text_width", type=positive_int, default=768, help="Width of the text encoder's states.")
-    group.add_argument("--num_classes", type=positive_int, default=1000, help="Classes of a class-conditional model.")
+    group.add_argument("--vae_factor", type=positive_int, default=8, help="Downsampling factor of the VAE.")
+    group.add_argument("--sequence_length", type=positive_int, default=77, help="Number of tokens per caption.")
+    group.add_argument(
+        "--text_width", type=positive_int, default=768, help="Width of the text encoder's hidden states."
+    )
+    group.add_argument(
+        "--num_classes", type=positive_int, default=1000, help="Number of classes of a class-conditional model."
+    )
     return {action.dest for action in group._group_actions}
 
 
 def add_trainer_args(parser: ArgumentParser) -> None:
-    """The flags that the trainers declare for themselves."""
+    """Adds the flags that the trainers declare in their own files."""
     group = parser.add_argument_group("trainer")
-    group.add_argument("--latents_dir", default=None, help="Latent cache: its shapes and its size are the plan's.")
-    group.add_argument("--cond_drop_prob", type=fraction, default=0.1, help="Share of conditions dropped.")
-    group.add_argument("--validation_prompts", nargs="+", default=None, help="Prompts that are sampled on the way.")
+    group.add_argument("--latents_dir", default=None, help="Latent cache from which the plan takes shapes and size.")
     group.add_argument(
-        "--validation_labels", nargs="+", type=non_negative_int, default=None, help="Labels sampled on the way."
+        "--cond_drop_prob",
+        type=fraction,
+        default=0.1,
+        help="Probability of dropping the condition, for classifier-free guidance.",
     )
-    group.add_argument("--unconditional", action=BooleanOptionalAction, default=False, help="Use no labels.")
+    group.add_argument("--validation_prompts", nargs="+", default=None, help="Prompts to sample during training.")
+    group.add_argument(
+        "--validation_labels",
+        nargs="+",
+        type=non_negative_int,
+        default=None,
+        help="Class labels to sample during training.",
+    )
+    group.add_argument("--unconditional", action=BooleanOptionalAction, default=False, help="Train without labels.")
 
 
 def check_plan_args(args: Namespace) -> None:
-    """Settles the trainer and the batch; refuses what a plan decides itself and what contradicts."""
+    """Sets the trainer and the batch size. Refuses flags that the plan decides, and contradictions."""
     told = [trainer for trainer, names in SIGNS.items() if any(getattr(args, name) for name in names)]
     if args.trainer is None and len(told) != 1:
         raise UserError("--trainer: the other flags do not tell which one is meant; give text or class")
@@ -76,7 +103,7 @@ def check_plan_args(args: Namespace) -> None:
             raise UserError(f"--{name}: the plan sets it, from --hours; leave it out")
         if name in args.typed and args.effective_batch_size:
             raise UserError(f"--{name} with --effective_batch_size: the plan divides the latter; leave one out")
-    for name in OF_CACHE:
+    for name in CACHE_SHAPE_FLAGS:
         if args.latents_dir and name in args.typed:
             raise UserError(f"--{name} with --latents_dir: the cache has its own; leave one out")
     if args.codec == "pixels":
@@ -94,14 +121,14 @@ def check_plan_args(args: Namespace) -> None:
 
 
 def validation_rows(args: Namespace, num_classes: int) -> int:
-    """Rows of a validation grid, as the trainers choose them."""
+    """Number of rows of a validation grid, as the trainers choose it."""
     if args.trainer == "text":
         return len(args.validation_prompts or [])
     return 1 if args.unconditional else len(args.validation_labels or range(min(10, num_classes)))
 
 
 def evaluated(args: Namespace) -> tuple[int, int]:
-    """Held-out latents and samples of an evaluation, as the trainers choose them."""
+    """Numbers of held-out latents and of samples in an evaluation, as the trainers choose them."""
     from utils.latents.spec import LatentSpec
 
     num_rows = args.num_validation_samples or 0
@@ -111,8 +138,8 @@ def evaluated(args: Namespace) -> tuple[int, int]:
 
 
 def write_config(args: Namespace, report: list[str]) -> None:
-    """Writes the flags that were given, over them those that the plan sets, as a file for the trainer's --config; the
-    report stands above them as comments."""
+    """Writes the config for a trainer's --config: the flags that were given, overridden by those of the plan. The
+    `report` stands above them as comments."""
     flags = {name: getattr(args, name) for name in (*sorted(args.given), *PLANNED)}
     text = "".join(f"# {line}\n" for line in report) + yaml.safe_dump(flags, sort_keys=False, allow_unicode=True)
     path = Path(args.output_config)

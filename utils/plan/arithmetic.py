@@ -1,4 +1,4 @@
-"""The arithmetic of a plan: micro-batch, steps in the hours there are, bytes on disk. No tensors."""
+"""The arithmetic of a plan: micro-batch, number of steps, bytes on disk. No tensors."""
 
 import math
 from collections.abc import Callable
@@ -8,19 +8,19 @@ from utils.errors import UserError
 
 STAGES = ("forward + backward", "optimizer", "EMA", "other")
 EACH_MICRO_STEP = ("forward + backward", "other")
-CAPTION_BYTES = 60  # of a caption's text: an assumption, small beside 118 KB of CLIP-L states
+CAPTION_BYTES = 60  # assumed size of a caption's text; small beside 118 KB of CLIP-L states
 
 
 @dataclass(frozen=True)
 class Pace:
-    """What was measured: seconds of each stage, a micro-step or an optimizer step, and the most bytes held."""
+    """Measured seconds of each stage (per micro-step for EACH_MICRO_STEP, else per optimizer step) and peak memory."""
 
     seconds: dict[str, float]
     peak_bytes: int
 
     @classmethod
     def of_step(cls, seconds: dict[str, float], micro_steps: int, peak_bytes: int) -> "Pace":
-        """From the seconds of each stage in an optimizer step of `micro_steps`."""
+        """Made from the seconds of each stage in an optimizer step of `micro_steps`."""
         return cls({k: v / micro_steps if k in EACH_MICRO_STEP else v for k, v in seconds.items()}, peak_bytes)
 
     def stages(self, micro_steps: int) -> dict[str, float]:
@@ -31,13 +31,12 @@ class Pace:
         return sum(self.stages(micro_steps).values())
 
 
-PaceOf = Callable[[int], Pace | None]  # of a micro-batch size; None where memory runs out
+PaceOf = Callable[[int], Pace | None]  # micro-batch size -> its pace; None if memory runs out
 
 
 def largest_that_fits(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest size in [1, limit] that fits, by doubling and then bisection; 0 if not even 1 does. What is larger
-    than a size that does not fit does not fit either.
-    """
+    """The largest size in [1, limit] that fits, by doubling and then bisection; 0 if not even 1 does. Assumes that a
+    size does not fit if a smaller one does not."""
     good, size = 0, 1
     while fits(size):
         if size == limit:
@@ -51,9 +50,9 @@ def largest_that_fits(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def quickest_that_fits(pace_of: PaceOf, effective: int, limit: int, memory_limit: float) -> int:
-    """Of 1, 2, 4, ... up to `limit` the micro-batch with most samples a second; 0 if none fits. Stops where a size is
-    a tenth slower than the best, and before one that would not fit if memory goes on to grow as it did.
-    """
+    """The micro-batch among 1, 2, 4, ... up to `limit` with the most samples per second; 0 if none fits. Stops at a
+    size that is a tenth slower than the best, and before one that would not fit if memory kept growing at the same
+    rate."""
     best, best_seconds, size, last_bytes = 0, math.inf, 1, None
     while size <= limit:
         pace = pace_of(size)
@@ -72,9 +71,8 @@ def quickest_that_fits(pace_of: PaceOf, effective: int, limit: int, memory_limit
 
 
 def find_micro_batch(pace_of: PaceOf, effective: int, limit: int, memory_limit: float, by_memory: bool) -> int:
-    """The largest micro-batch that fits (`by_memory`, for devices that are quicker the more they are given), or the
-    quickest. Raises UserError if a single sample does not fit.
-    """
+    """The largest micro-batch that fits (`by_memory`, for devices that are faster with larger batches), or the fastest
+    one. Raises UserError if a single sample does not fit."""
 
     def fits(size: int) -> bool:
         pace = pace_of(size)
@@ -93,9 +91,8 @@ def find_micro_batch(pace_of: PaceOf, effective: int, limit: int, memory_limit: 
 
 
 def settle_batch(effective: int, largest: int) -> tuple[int, int]:
-    """(train_batch_size, gradient_accumulation_steps) with micro-batches of at most `largest`: together exactly
-    `effective` if that takes no micro-batch below half of `largest`, otherwise as near as can be.
-    """
+    """(train_batch_size, gradient_accumulation_steps) with micro-batches of at most `largest`. Their product is
+    exactly `effective` if that needs no micro-batch below half of `largest`, otherwise as close as possible."""
     largest = min(largest, effective)
     divisor = max(size for size in range(1, largest + 1) if effective % size == 0)
     if 2 * divisor >= largest:
@@ -106,7 +103,7 @@ def settle_batch(effective: int, largest: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Overheads:
-    """Seconds that are no training steps: once (start, export), each checkpoint, each validation, each evaluation."""
+    """Seconds besides training steps: once (start, export), per checkpoint, per validation and per evaluation."""
 
     once: float = 0.0
     checkpoint: float = 0.0
@@ -122,9 +119,8 @@ def planned_steps(
     validation_steps: int,
     eval_steps: int | None = None,
 ) -> int:
-    """Optimizer steps that end within `hours`, with what follows the last one. Raises UserError if there is no time
-    for any.
-    """
+    """Number of optimizer steps that fit into `hours`, together with what follows the last one. Raises UserError if
+    there is no time for any."""
     outside = overheads.once + overheads.checkpoint + overheads.validation + overheads.evaluation
     each = step_seconds + overheads.checkpoint / checkpointing_steps + overheads.validation / validation_steps
     each += overheads.evaluation / eval_steps if eval_steps else 0.0
@@ -148,9 +144,8 @@ def cache_bytes(
     sequence_length: int = 77,
     caption_bytes: float = CAPTION_BYTES,
 ) -> int:
-    """Bytes of a latent cache by its columns (utils/latents/writer.py): float16 latents, and `num_captions` distinct
-    captions, one an image, with float16 states (S, D) = `states_shape` or, where that is None, with token ids.
-    """
+    """Bytes of a latent cache, from its columns (utils/latents/writer.py): float16 latents, and `num_captions`
+    distinct captions with float16 states (S, D) = `states_shape` or, if that is None, with token ids."""
     row: float = 8 + 2 * math.prod(latent_shape) * (1 + moments) * (1 + flips) + 8 * labels
     if num_captions:
         row += 4 + 4 + caption_bytes + 4 + 8  # a list of one text, and a list of one id
@@ -159,6 +154,6 @@ def cache_bytes(
 
 
 def readable(value: float, units: tuple[str, ...] = ("B", "KB", "MB", "GB", "TB", "PB")) -> str:
-    """Bytes with the unit that suits: 16400 is "16.4 KB"."""
+    """Bytes as text in a suitable unit, such as 16.4 KB."""
     power = min(len(units) - 1, int(math.log10(max(value, 1)) // 3))
     return f"{value / 1000**power:.3g} {units[power]}"

@@ -37,7 +37,7 @@ from utils.training.step_log import peak_memory
 def synthetic_spec(
     latent_shape: tuple[int, ...], content: str, num_classes: int, states_shape: tuple[int, int], caption_content: str
 ) -> LatentSpec:
-    """The spec of a cache that is not there, with labels, and captions as states (S, D) or as token ids."""
+    """The spec of a cache that does not exist, with labels, and with captions as states (S, D) or as token ids."""
     plain = {"mean": [0.0] * latent_shape[0], "std": [1.0] * latent_shape[0]}
     captions = {
         "content": caption_content,
@@ -67,7 +67,7 @@ class SyntheticCache(ImageCache):
     costs, but for the disk.
     """
 
-    ROWS = 64  # any row is one of these
+    ROWS = 64  # every row is one of these 64
 
     def __init__(self, spec: LatentSpec):
         self.spec = spec
@@ -92,7 +92,7 @@ class SyntheticCache(ImageCache):
         return self.ROWS
 
     def gather(self, rows: np.ndarray, draw: Draw | None = None) -> dict[str, Tensor]:
-        """A batch of rows (B,); flips and captions are all the same."""
+        """A batch of rows (B,); all flips and captions are the same."""
         index = torch.from_numpy(rows)
         return {name: column[index] for name, column in self.columns.items()}
 
@@ -101,9 +101,8 @@ class SyntheticCache(ImageCache):
 
 
 class StageClock:
-    """Times the stages of training steps, on CUDA by events, so that no stage waits for the device; and tells the most
-    memory that was held since it was made.
-    """
+    """Times the stages of training steps. On CUDA it uses events, so that no stage waits for the device. Also measures
+    the peak memory since it was made."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -123,11 +122,11 @@ class StageClock:
         self.steps.append([("", self._stamp())])
 
     def end_stage(self, name: str) -> None:
-        """What happened since the last call, or since the step began, was stage `name`."""
+        """Counts the time since the last call, or since the step began, as stage `name`."""
         self.steps[-1].append((name, self._stamp()))
 
     def pace(self, micro_steps: int) -> Pace:
-        """Medians over the steps but the first, each of `micro_steps`."""
+        """Medians over all steps but the first, each of `micro_steps`."""
         wait_for(self.device)
         totals: list[dict[str, float]] = []
         for stamps in self.steps[1:]:
@@ -139,7 +138,7 @@ class StageClock:
 
 
 def seconds_between(before: float | torch.cuda.Event, now: float | torch.cuda.Event) -> float:
-    """Of two stamps of one kind."""
+    """Seconds between two time stamps, which are both seconds or both CUDA events."""
     if isinstance(before, float) and isinstance(now, float):
         return now - before
     assert isinstance(before, torch.cuda.Event)
@@ -148,7 +147,7 @@ def seconds_between(before: float | torch.cuda.Event, now: float | torch.cuda.Ev
 
 
 def wait_for(device: torch.device) -> None:
-    """Returns when the device has done all that it was given."""
+    """Returns when the device has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -165,19 +164,19 @@ def seconds_of(function: Callable[[], object], device: torch.device, warm_up: in
 
 
 def process_age() -> float:
-    """Seconds since this process began."""
+    """Seconds since this process started."""
     return time.time() - psutil.Process().create_time()
 
 
 def usable_bytes(device: torch.device, cap_gb: float | None) -> float:
-    """Memory that this process may fill: what is free on a CUDA device, elsewhere all there is, up to a cap."""
+    """Bytes that this process may fill: free memory of a CUDA device, elsewhere all memory; at most the cap."""
     wait_for(device)
     available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().total
     return min(available, cap_gb * 1e9 if cap_gb else available)
 
 
 def pace_or_none(measure: Callable[[], Pace], device: torch.device) -> Pace | None:
-    """What `measure` gives, or None where the device ran out of memory."""
+    """The result of `measure`, or None if the device ran out of memory."""
     try:
         return measure()
     except RuntimeError as error:
@@ -191,14 +190,14 @@ def pace_or_none(measure: Callable[[], Pace], device: torch.device) -> Pace | No
 
 
 def name_of(device: torch.device) -> str:
-    """A device as a person would call it."""
+    """A readable name of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} thread(s))"
 
 
 def existing_folder(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
+    """The folder, or its nearest parent that exists."""
     return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
 
 
@@ -212,9 +211,8 @@ def tensor_bytes(state: Any) -> int:
 
 
 def write_seconds(folder: Path, num_bytes: int, sample_bytes: int = 1 << 28) -> float:
-    """Seconds to write, sync and hash so many bytes in a folder, as a checkpoint does; from a sample of at most
-    `sample_bytes`, whose file is deleted. Raises UserError if there is no room for them.
-    """
+    """Seconds to write, sync and hash this many bytes in a folder, as a checkpoint does. Measured with a file of at
+    most `sample_bytes`, which is deleted. Raises UserError if there is no room for it."""
     if shutil.disk_usage(folder).free < num_bytes:
         raise UserError(
             f"--output_dir: a checkpoint takes {readable(num_bytes)}, and there is less free in {folder}; make room, "
@@ -233,7 +231,7 @@ def write_seconds(folder: Path, num_bytes: int, sample_bytes: int = 1 << 28) -> 
 def guided_batch(
     cache: SyntheticCache, num_images: int, guidance_scale: float, device: torch.device
 ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
-    """What a denoiser takes at one step of sampling: both branches of guidance in one batch."""
+    """The input of a denoiser at one step of sampling: both branches of guidance in one batch."""
     size = num_images * (1 if guidance_scale == 1 else 2)
     values = {name: value.to(device) for name, value in cache.gather(np.arange(size) % len(cache)).items()}
     if "input_ids" in values and cache.spec.captions:
@@ -253,8 +251,8 @@ def evaluation_seconds(
     guidance_scale: float,
     device: torch.device,
 ) -> float:
-    """Seconds that the denoiser takes in one evaluation: the loss of `num_rows` held-out latents, and `num_images`
-    samples. Without the VAE, and the network of the features."""
+    """Seconds of the denoiser in one evaluation: the loss of `num_rows` held-out latents, and `num_images` samples.
+    Without the VAE and the feature network."""
     seconds = 0.0
     for count, calls, scale in (
         (num_rows, NUM_QUARTERS, 1.0),
@@ -269,8 +267,8 @@ def evaluation_seconds(
 def encoding_seconds(
     encoders: Encoders, resolution: int, flips: bool, batch_size: int, accelerator: Accelerator
 ) -> float:
-    """Seconds that VAE and text encoder take for one image and its caption, as precompute_latents.py runs them: the
-    text encoder on the CPU or GPU of the accelerator."""
+    """Seconds of VAE and text encoder for one image and its caption, as precompute_latents.py runs them: the text
+    encoder on the CPU or GPU of the accelerator."""
     device = accelerator.device
     encoder = LatentEncoder(encoders.vae.to(device), encoders.content, flips, batch_size, accelerator.autocast)
     images = np.random.default_rng(0).integers(256, size=(batch_size, resolution, resolution, 3), dtype=np.uint8)

@@ -155,7 +155,7 @@ class RunControl:
     def _nonfinite_message(self, done: int) -> str:
         steps = checkpoint_steps(self.folder)
         last_good = f"checkpoint-{steps[-1]} is the last good one: " if steps else "there is no checkpoint yet: "
-        how = f"go on with --resume_from_checkpoint checkpoint-{steps[-1]} and" if steps else "start again with"
+        how = f"resume with --resume_from_checkpoint checkpoint-{steps[-1]} and" if steps else "start again with"
         return (
             f"--max_nonfinite_steps {self.max_nonfinite_steps}: the loss or its gradient was not finite in steps "
             f"{done - self.nonfinite_in_a_row + 1} to {done}, and none of them reached the weights; {last_good}"
@@ -174,11 +174,11 @@ class RunControl:
     def say_how_it_ended(self) -> None:
         """One line on why training stopped before its last step, and how to go on."""
         is_out_of_time = self.steps_done < self.max_train_steps and not self.interrupted and self.reason_to_end is None
-        # What was kept free for a step that might have been long is no time to go on with.
+        # Time that was reserved for a long step is not left over for a resumed run.
         self.save_elapsed(at_least=self.max_seconds if is_out_of_time else 0.0)
         if self.interrupted:
             logger.info(
-                "stopped by a signal after step %d; go on with the same command and --resume_from_checkpoint latest",
+                "stopped by a signal after step %d; resume with the same command and --resume_from_checkpoint latest",
                 self.steps_done,
             )
         elif self.reason_to_end is not None:

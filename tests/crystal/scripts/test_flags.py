@@ -24,7 +24,7 @@ def test_help_lists_the_flags(command):
     assert all(flag in text for flag in (*HELP[command], "--config", "--seed")), text
 
 
-RECIPES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.stem[:4] in ("pero", "mp20")}
+RECIPES = {path.stem: path for path in sorted((ROOT / "configs").glob("crystal/*.yaml"))}
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if not name.endswith("_model")])

@@ -84,7 +84,7 @@ def test_stock_diffusers_loads_the_measured_vae(tmp_path, caplog):
         torch.testing.assert_close(again, expected, atol=1e-4, rtol=1e-4)
 
 
-RECIPES = [path for path in sorted(ROOT.glob("configs/*_vae.yaml")) if "resolution:" in path.read_text()]
+RECIPES = [path for path in sorted(ROOT.glob("configs/*/*vae.yaml")) if "resolution:" in path.read_text()]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -1,6 +1,5 @@
-"""Crystals from parquet, CSV or CIF files -> padded arrays of reduced cells. What cannot be used is skipped, with the
-reason.
-"""
+"""Crystals from parquet, CSV or CIF files -> padded arrays of reduced cells. Crystals that cannot be used are skipped,
+with the reason."""
 
 import csv
 import logging
@@ -43,33 +42,32 @@ class CrystalTable:
         return len(self.num_atoms)
 
     def crystal(self, row: int) -> Crystal:
-        """One of them, without padding."""
+        """The crystal of a row, without padding."""
         count = self.num_atoms[row]
         lattice = cell_matrix(self.lengths[row].astype(np.float64), self.angles[row].astype(np.float64))
         return Crystal(self.atomic_numbers[row, :count].astype(np.int64), self.frac_coords[row, :count], lattice)
 
     def crystals(self) -> list[Crystal]:
-        """All of them, without padding."""
+        """All crystals, without padding."""
         return [self.crystal(row) for row in range(len(self))]
 
     def take(self, rows: np.ndarray) -> "CrystalTable":
-        """Some of them (a mask or numbers of rows)."""
+        """The crystals of some rows, which are a mask or row numbers."""
         arrays = {name: getattr(self, name)[rows] for name in ("atomic_numbers", "frac_coords", "lengths", "angles")}
         columns = {name: values[rows] for name, values in self.columns.items()}
         return replace(self, **arrays, num_atoms=self.num_atoms[rows], columns=columns)
 
     def identity(self) -> str:
-        """A hash of all that is in it."""
+        """A hash of the content."""
         arrays = (self.atomic_numbers, self.frac_coords, self.lengths, self.angles)
         columns = {name: [str(value) for value in values] for name, values in sorted(self.columns.items())}
         return sha256_json([[array.tobytes().hex() for array in arrays], columns])
 
 
 def open_crystals(path: str, split: str | None, flag: str = "--dataset_name") -> tuple[list[dict[str, Any]], str]:
-    """The rows of a source and what it is: a folder of CIF files, .parquet or .csv files (or a folder of them), or a
-    hub dataset. `split` is that of a hub dataset; of files with a column "split" the rows that say so. Raises
-    UserError, which names the flag, where there is nothing.
-    """
+    """The rows of a source and a description of it. A source is a folder of CIF files, .parquet or .csv files (or a
+    folder of them), or a hub dataset. `split` is a split of a hub dataset, or selects the rows of files with a column
+    named split. Raises UserError, which names the flag, if there are no rows."""
     folder = Path(path)
     if folder.is_dir() and any(folder.rglob("*.cif")):
         files = sorted(folder.rglob("*.cif"))
@@ -119,7 +117,7 @@ def read_table(path: Path, flag: str) -> list[dict[str, Any]]:
 
 
 def check_columns(rows: list[dict[str, Any]], path: str | Path, flag: str) -> None:
-    """Raises UserError, which names the flag, for rows that say nothing of crystals."""
+    """Raises UserError, which names the flag, for rows without the columns of a crystal."""
     if not rows:
         raise UserError(f"{flag}: {path} has no rows; give one with crystals")
     if CIF_COLUMN not in rows[0] and not set(rows[0]).issuperset(TENSOR_COLUMNS):
@@ -130,9 +128,8 @@ def check_columns(rows: list[dict[str, Any]], path: str | Path, flag: str) -> No
 
 
 def read_csv(path: Path) -> list[dict[str, Any]]:
-    """The rows of a CSV file. A column is one of numbers if each of its cells is one or empty: the formula InF among
-    others is no infinity.
-    """
+    """The rows of a CSV file. A column holds numbers if each of its cells is a number or empty: the formula InF among
+    other formulas is not infinity."""
     csv.field_size_limit(2**31 - 1)  # a CIF can be longer than the 128 KiB that the module allows
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = [{key: value or None for key, value in row.items() if key} for row in csv.DictReader(file)]
@@ -161,9 +158,8 @@ def load_crystals(
     max_skipped_fraction: float = 1.0,
     flag: str = "--dataset_name",
 ) -> CrystalTable:
-    """The crystals of a source (`open_crystals`). Raises UserError, with examples, if none can be used or more than
-    `max_skipped_fraction` cannot, where those with more than `max_atoms` atoms do not count.
-    """
+    """The crystals of a source (`open_crystals`). Raises UserError, with examples, if none can be used or if more than
+    `max_skipped_fraction` cannot; those with more than `max_atoms` atoms do not count."""
     rows, what = open_crystals(path, split, flag)
     rows = rows[:max_samples]
     kept: list[Crystal] = []
@@ -218,7 +214,7 @@ def make_table(
 
 
 def column_array(values: list[Any]) -> np.ndarray:
-    """Numbers as float64 with NaN where there is none, anything else as text with None."""
+    """Numbers as float64 with NaN for missing ones, anything else as text with None."""
     if all(value is None or isinstance(value, int | float) for value in values):
         return np.array([np.nan if value is None else float(value) for value in values])
     return np.array([None if value is None else str(value) for value in values], dtype=object)
@@ -228,7 +224,7 @@ BATCH_COLUMNS = ("atomic_numbers", "frac_coords", "lengths", "angles")
 
 
 def crystal_batch(table: CrystalTable, rows: np.ndarray) -> dict[str, Tensor]:
-    """What `CrystalVAE.encode` takes, of the rows (B,)."""
+    """The input of `CrystalVAE.encode` for the rows (B,)."""
     batch = {name: torch.from_numpy(getattr(table, name)[rows]) for name in BATCH_COLUMNS}
     return batch | {"attention_mask": batch["atomic_numbers"] > 0}
 
@@ -240,7 +236,8 @@ def crystal_batches(table: CrystalTable, batch_size: int) -> Iterator[dict[str, 
 
 
 def translated(frac_coords: Tensor, draws: SampleDraws) -> Tensor:
-    """Crystals (B, N, 3) moved by a vector each, uniform in the cell: the same crystals, for a cell has no origin."""
+    """Crystals (B, N, 3), each translated by a vector that is uniform in the cell. They stay the same crystals, since
+    a cell has no origin."""
     shift = torch.stack([draws.uniform(f"translation_{axis}") for axis in "abc"], dim=1)  # (B, 3)
     return (frac_coords + shift[:, None]) % 1.0
 

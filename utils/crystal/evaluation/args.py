@@ -35,19 +35,21 @@ def add_comparison_args(parser: ArgumentParser) -> None:
     """Which crystals are compared with which."""
     group = parser.add_argument_group("crystals; without --samples, --model is sampled")
     sources = "a folder of CIF files, .parquet or .csv file, or hub dataset"
-    group.add_argument("--model", default=None, help="A run's folder or a checkpoint, which is sampled.")
-    group.add_argument("--samples", default=None, help=f"What is judged: a folder of sample.py, {sources}.")
-    group.add_argument("--samples_split", default=None, help="Split of --samples, if it has some.")
-    group.add_argument("--reference", default=None, help=f"Real crystals that the run never saw: {sources}. Required.")
-    group.add_argument("--reference_split", default="test", help="Split of --reference, if it has some.")
+    group.add_argument("--model", default=None, help="Folder of a run, or a checkpoint, to sample.")
+    group.add_argument("--samples", default=None, help=f"Crystals to evaluate: output folder of sample.py, {sources}.")
+    group.add_argument("--samples_split", default=None, help="Split of --samples, if it has splits.")
+    group.add_argument(
+        "--reference", default=None, help=f"Real crystals that the run was not trained on: {sources}. Required."
+    )
+    group.add_argument("--reference_split", default="test", help="Split of --reference, if it has splits.")
     group.add_argument(
         "--training_data",
         default=None,
-        help="Crystals the run was trained on: for novelty, coverage, distributions, the regressor of properties and "
+        help="Crystals that the run was trained on, for novelty, coverage, distributions, the property regressor and "
         "the hull of energies.",
     )
-    group.add_argument("--training_data_split", default="train", help="Split of --training_data, if it has some.")
-    group.add_argument("--max_atoms", type=positive_int, default=20, help="Real crystals with more are left out.")
+    group.add_argument("--training_data_split", default="train", help="Split of --training_data, if it has splits.")
+    group.add_argument("--max_atoms", type=positive_int, default=20, help="Leave out real crystals with more atoms.")
 
 
 def add_measurement_args(parser: ArgumentParser) -> None:
@@ -57,48 +59,51 @@ def add_measurement_args(parser: ArgumentParser) -> None:
         "--calculator",
         default=None,
         metavar="PACKAGE.MODULE:FACTORY",
-        help="A function of yours that returns an ASE calculator: energies above the hull of the training crystals.",
+        help="Your function that returns an ASE calculator, for energies above the hull of the training crystals.",
     )
     group.add_argument(
         "--num_match_processes",
         type=positive_int,
         default=min(8, os.cpu_count() or 1),
-        help="Processes that match structures.",
+        help="Number of processes that match structures.",
     )
     group.add_argument(
         "--match_timeout",
         type=positive_float,
         default=30.0,
-        help="Seconds for a pair of structures; what takes longer counts as different.",
+        help="Seconds after which the match of a pair of structures is given up; the pair then counts as different.",
     )
     group.add_argument(
         "--sweep",
         nargs="+",
         metavar=("NAME", "VALUE"),
         default=None,
-        help="Sample --model once for each value: guidance_scale, num_inference_steps or ema_sigma_rel.",
+        help="Sample --model once for each value of a flag: guidance_scale, num_inference_steps or ema_sigma_rel, as "
+        "in 'guidance_scale 1 2 4'.",
     )
     group.add_argument(
-        "--output_dir", default=None, help="New or empty folder. Default: MODEL/evaluated/NUMBER or runs/evaluated/..."
+        "--output_dir",
+        default=None,
+        help="New or empty folder. Default: MODEL/evaluated/NUMBER, or runs/evaluated/NUMBER with --samples.",
     )
 
 
 def add_reference_request_args(parser: ArgumentParser) -> None:
     """Requests that only an evaluation can judge."""
-    group = parser.add_argument_group("requests that are judged by real crystals")
+    group = parser.add_argument_group("conditions from real crystals")
     group.add_argument(
         "--compositions_from_reference",
         action=BooleanOptionalAction,
         default=False,
-        help="Ask for the formula and the number of atoms of each reference crystal, once, and match the two.",
+        help="Sample one crystal for the formula and number of atoms of each reference crystal, and match the two.",
     )
     group.add_argument(
         "--property_targets",
         nargs="+",
         default=None,
         metavar=("NAME", "VALUE"),
-        help="Ask for these values of a property, as many samples each: 'band_gap 0.5 1 2'. What the samples have is "
-        "predicted by a regressor trained on --training_data.",
+        help="Sample for each of these values of a property, equally often, as in 'band_gap 0.5 1 2'. A regressor "
+        "trained on --training_data predicts the values of the samples.",
     )
 
 
@@ -111,7 +116,7 @@ def check_evaluation_args(args: Namespace) -> None:
             if name in args.given:
                 raise UserError(f"--{name} with --samples: {reason}")
     elif args.model is None:
-        raise UserError("give --model (a crystal run, which is sampled) or --samples (crystals that are there)")
+        raise UserError("give --model (a crystal run, which is sampled) or --samples (existing crystals)")
     for name in ("samples", "training_data"):
         if f"{name}_split" in args.typed and getattr(args, name) is None:
             raise UserError(f"--{name}_split without --{name}: there is nothing to split; leave it out")
@@ -120,7 +125,9 @@ def check_evaluation_args(args: Namespace) -> None:
             if first != "property_targets" and second != "property_targets":
                 refuse_together(args, first, second, "both say which elements are asked for; use one")
     if args.compositions_from_reference and args.num_atoms is not None:
-        raise UserError("--num_atoms with --compositions_from_reference: the reference's have theirs; leave it out")
+        raise UserError(
+            "--num_atoms with --compositions_from_reference: the reference crystals decide it; leave it out"
+        )
     if args.compositions_from_reference and args.property_targets:
         raise UserError(
             "--property_targets with --compositions_from_reference: a composition all but decides the property; "

@@ -1,6 +1,5 @@
-"""A matrix of counts in an .h5ad file, whichever way it is stored: all its values looked at, and its rows read, in
-bounded memory.
-"""
+"""A matrix of counts in an .h5ad file, however it is stored: all its values checked, and its rows read, in bounded
+memory."""
 
 import contextlib
 import logging
@@ -25,7 +24,7 @@ KINDS = {"csr_matrix": "csr", "csc_matrix": "csc"}  # anndata's names
 
 @dataclass
 class ValueScan:
-    """What the values of a matrix are, zeros left out."""
+    """A summary of the values of a matrix, without zeros."""
 
     values: int = 0
     not_finite: int = 0
@@ -34,7 +33,7 @@ class ValueScan:
     maximum: float = 0
 
     def add(self, values: np.ndarray) -> None:
-        """Takes some more of them."""
+        """Adds values to the summary."""
         values = values[values != 0]
         self.values += len(values)
         if values.dtype.kind == "f":
@@ -47,7 +46,7 @@ class ValueScan:
             self.maximum = max(self.maximum, values.max().item())
 
     def fault(self) -> str | None:
-        """Why these are no counts; None where they are."""
+        """Why the values are not counts; None if they are."""
         if not self.values:
             return "every value is zero"
         if self.not_finite:
@@ -75,7 +74,7 @@ class RowReader(Protocol):
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """A matrix of a file, (R, G): dense, by rows (csr) or by columns (csc)."""
+    """A matrix in a file, (R, G): dense, by rows (csr) or by columns (csc)."""
 
     path: Path
     key: str
@@ -86,7 +85,7 @@ class StoredMatrix:
     dtype: np.dtype
 
     def scan(self, stop_at_fault: bool = False) -> ValueScan:
-        """Looks at all values, or at those up to the first fault."""
+        """A summary of all values, or of those up to the first fault."""
         found = ValueScan()
         for values in self.values():
             found.add(values)
@@ -95,7 +94,7 @@ class StoredMatrix:
         return found
 
     def values(self) -> Iterator[np.ndarray]:
-        """All values that are stored, flat, some at a time."""
+        """All stored values, flat, some at a time."""
         with opened(self.path, self.flag) as file:
             item = file[self.key]
             stored = item if self.kind == "dense" else item["data"]
@@ -104,7 +103,8 @@ class StoredMatrix:
                 yield stored[first : first + step].ravel()
 
     def by_rows(self) -> RowReader:
-        """What reads its rows. One stored by columns is copied to a temporary file first, said in the log."""
+        """A reader of its rows. A matrix that is stored by columns is copied to a temporary file first, with a note in
+        the log."""
         if self.kind == "dense":
             return DenseRows(self)
         with opened(self.path, self.flag) as file:
@@ -116,7 +116,7 @@ class StoredMatrix:
 
 
 def stored_matrix(file: Any, key: str, flag: str) -> StoredMatrix:
-    """The matrix at `key` of an open file. Raises UserError for what is none, or none of numbers."""
+    """The matrix at `key` of an open file. Raises UserError if it is no matrix, or no matrix of numbers."""
     item = file[key]
     is_dense = hasattr(item, "dtype")
     kind = "dense" if is_dense else KINDS.get(str(item.attrs.get("encoding-type")))
@@ -135,7 +135,7 @@ def stored_matrix(file: Any, key: str, flag: str) -> StoredMatrix:
 
 
 def rows_at_once(num_columns: int) -> int:
-    """Rows of a dense matrix that are read at a time."""
+    """Number of rows of a dense matrix to read at a time."""
     return max(1, MAX_VALUES // max(num_columns, 1))
 
 
@@ -189,14 +189,13 @@ class SparseRows:
 
 
 def damaged(stored: StoredMatrix, reason: str) -> UserError:
-    """What to say of a sparse matrix that is none."""
+    """The error for a sparse matrix that contradicts itself."""
     return UserError(f"{stored.flag}: {stored.key} of {stored.path} is damaged ({reason}); write the file again")
 
 
 def rows_of_columns(stored: StoredMatrix, starts: np.ndarray) -> SparseRows:
-    """The rows of a matrix that is stored by columns, by way of a temporary file. Two passes: how many values each row
-    has, then each to its place.
-    """
+    """The rows of a matrix that is stored by columns, through a temporary file. The first pass counts the values of
+    each row, the second one writes each value to its place."""
     values, columns = temporary_arrays(stored)
     num_rows, num_columns = stored.shape
     per_row = np.zeros(num_rows, dtype=np.int64)
@@ -232,7 +231,8 @@ def read_columns(stored: StoredMatrix, starts: np.ndarray, low: int, high: int) 
 
 
 def temporary_arrays(stored: StoredMatrix) -> tuple[np.ndarray, np.ndarray]:
-    """Room on disk for values (fp32) and columns (int32), given back by itself. Raises UserError if it is short."""
+    """Temporary files for values (fp32) and columns (int32), which are deleted with the arrays. Raises UserError if
+    the disk is too full."""
     needed, folder = 8 * stored.num_values, tempfile.gettempdir()
     if shutil.disk_usage(folder).free < needed:
         raise UserError(

@@ -1,4 +1,5 @@
-"""Which genes: the highly variable ones of the training split, and those of a trained model in a source of cells."""
+"""The genes that are modelled: highly variable ones of the training split, or those of a trained model in a new
+source."""
 
 import logging
 import re
@@ -40,11 +41,10 @@ def choose_genes(
     max_cells: int = 50_000,
     seed: int = 0,
 ) -> list[str]:
-    """The `num_genes` most variable genes among those with counts in at least `min_cells` of the rows (ascending), in
-    the order of the source, by scanpy; all of them where there are no more. Give it the rows of the training split:
-    it looks at no other. Of more than `max_cells` rows a random subset stands for them. Raises UserError where no
-    genes are left or scanpy gives up.
-    """
+    """The `num_genes` most variable genes, by scanpy, among those with counts in at least `min_cells` of the rows
+    (ascending), in the order of the source; all of them if there are no more. `rows` must be the training split: no
+    other cell is read. More than `max_cells` rows are replaced by a random subset. Raises UserError if no genes are
+    left or scanpy fails."""
     if num_genes < 1:
         raise UserError(f"--num_genes: {num_genes} is too few; give at least 1")
     rows = np.asarray(rows, dtype=np.int64)
@@ -78,9 +78,8 @@ def choose_genes(
 
 
 def find_genes(source: CellSource, genes: list[str]) -> np.ndarray:
-    """(G,) columns of the source where `genes` stand, by name. Raises UserError, with a guess at the reason, if some
-    do not.
-    """
+    """(G,) columns of the source that hold `genes`, by name. Raises UserError, with a guess at the reason, if some are
+    missing."""
     columns = {name: column for column, name in enumerate(source.genes)}
     if missing := [name for name in genes if name not in columns]:
         hint = other_case(missing, source) or other_identifier(missing, source)
@@ -93,7 +92,7 @@ def find_genes(source: CellSource, genes: list[str]) -> np.ndarray:
 
 
 def other_case(missing: list[str], source: CellSource) -> str | None:
-    """What to say where names differ in case, as those of mouse (Cd3e) and man (CD3E) do."""
+    """A hint for names that differ in case, as those of mouse (Cd3e) and man (CD3E) do."""
     there = {name.upper(): name for name in source.genes}
     found = [(name, there[name.upper()]) for name in missing if name.upper() in there]
     if not found:
@@ -105,7 +104,7 @@ def other_case(missing: list[str], source: CellSource) -> str | None:
 
 
 def other_identifier(missing: list[str], source: CellSource) -> str | None:
-    """What to say where names are of another kind: Ensembl's, with or without a version, against symbols."""
+    """A hint for names of another kind: Ensembl's, with or without a version, against symbols."""
     wanted, there = set(missing), set(source.genes)
     for name, values in source.gene_columns().items():
         if found := len(wanted & set(values)):
@@ -122,6 +121,6 @@ def other_identifier(missing: list[str], source: CellSource) -> str | None:
 
 
 def kind_of(names: list[str]) -> str:
-    """What most of some names of genes are."""
+    """The kind of most of some gene names."""
     matches = sum(ENSEMBL.fullmatch(name) is not None for name in names)
     return "Ensembl identifiers" if 2 * matches > len(names) else "gene symbols"

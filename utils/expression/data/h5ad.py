@@ -1,6 +1,5 @@
-""".h5ad files: opened with an error that says what is wrong with them, their tables as arrays, and written whole or
-not at all.
-"""
+""".h5ad files: opened with an error that says what is wrong with them, their tables as arrays, and written complete or
+not at all."""
 
 import contextlib
 import importlib
@@ -90,7 +89,8 @@ def names_of(frame: Any) -> list[str]:
 
 
 def columns_of(frame: Any, what: str) -> dict[str, np.ndarray]:
-    """The columns of a table by `column_array`, (R,) each. What it cannot take is left out, said in the log."""
+    """The columns of a table by `column_array`, (R,) each. Columns that it cannot take are left out, with a note in
+    the log."""
     columns = {str(name): column_array(frame[name]) for name in frame.columns}
     if left_out := [name for name, values in columns.items() if values is None]:
         logger.warning("%s: columns that are neither numbers nor text are left out: %s", what, ", ".join(left_out))

@@ -48,7 +48,7 @@ class CellSource:
                 yield np.arange(low, high), block[rows[low:high] - rows[low]]
 
     def gene_columns(self) -> dict[str, np.ndarray]:
-        """What else the file says of its genes, (G,) each, in the form of `obs`. Reads the file."""
+        """All other columns of the file's table of genes, (G,) each, in the form of `obs`. Reads the file."""
         with opened(self.path, self.flag) as file:
             return columns_of(read_frame(file, var_key(self.key), self.flag), f"var of {self.name}")
 
@@ -56,9 +56,8 @@ class CellSource:
 def open_cells(
     path: str, counts_layer: str | None = None, flag: str = "--dataset_name", layer_flag: str = "--counts_layer"
 ) -> CellSource:
-    """The cells of an .h5ad file, with counts from X, from a layer, or, for "raw", from adata.raw.X. All values are
-    looked at. Raises UserError, which names the flags, for a file that is none, and for values that are no counts.
-    """
+    """The cells of an .h5ad file, with counts from X, from a layer, or, for 'raw', from adata.raw.X. All values are
+    checked. Raises UserError, which names the flags, for a file of another kind and for values that are not counts."""
     file_path = check_file(path, flag)
     with opened(file_path, flag) as file:
         frame = read_frame(file, "obs", flag)
@@ -81,7 +80,8 @@ def open_cells(
 
 
 def matrices_of(file: Any) -> dict[str, str]:
-    """What --counts_layer may name in an open file, and where it lies. A layer named raw comes before adata.raw."""
+    """The values that --counts_layer may have for an open file, and where each matrix lies. A layer named raw comes
+    before adata.raw."""
     options = {"X": "X", "raw": "raw/X"} | {name: f"layers/{name}" for name in file.get("layers", ())}
     return {
         option: key
@@ -109,7 +109,7 @@ def var_key(key: str) -> str:
 
 
 def check_genes(genes: list[str], name: str, flag: str) -> None:
-    """Raises UserError for names that two genes have, or one has not."""
+    """Raises UserError for duplicate gene names, and for genes without a name."""
     names, numbers = np.unique(np.array(genes, dtype=object), return_counts=True)
     if twice := [str(each) for each in names[numbers > 1]]:
         raise UserError(
@@ -121,9 +121,8 @@ def check_genes(genes: list[str], name: str, flag: str) -> None:
 
 
 def unique_ids(names: list[str], name: str) -> np.ndarray:
-    """(R,) names of cells, of which those that came before have -1, -2 and so on appended, said in the log: the same
-    barcode in two samples is common, and does no harm.
-    """
+    """(R,) names of cells. Repeated names get -1, -2, ... appended, with a note in the log: the same barcode in two
+    samples is common and does no harm."""
     ids = np.array(names, dtype=object)
     repeated = len(ids) - len(set(names))
     if repeated:
@@ -134,9 +133,8 @@ def unique_ids(names: list[str], name: str) -> np.ndarray:
 
 
 def check_counts(stored: StoredMatrix, layer_flag: str) -> None:
-    """Raises UserError that says what the values are, if they are no counts, and which matrix of the file does hold
-    some.
-    """
+    """Raises UserError if the values are not counts. It says what they are, and which matrix of the file does hold
+    counts."""
     fault = stored.scan().fault()
     if fault is None:
         return
@@ -151,7 +149,7 @@ def check_counts(stored: StoredMatrix, layer_flag: str) -> None:
 
 
 def holds_counts(path: Path, key: str, flag: str) -> bool:
-    """Whether another matrix of a file could be used instead."""
+    """Whether another matrix of a file holds counts."""
     try:
         with opened(path, flag) as file:
             stored = stored_matrix(file, key, flag)
@@ -161,5 +159,5 @@ def holds_counts(path: Path, key: str, flag: str) -> bool:
 
 
 def shortened(names: list[str]) -> str:
-    """The first few of them."""
+    """The first few names, as text."""
     return ", ".join(names[:EXAMPLES]) + (", ..." if len(names) > EXAMPLES else "")

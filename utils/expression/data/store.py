@@ -1,6 +1,5 @@
-"""Counts of chosen genes, collected in memory or in a folder of .npy files that are mapped: for more cells than memory
-holds.
-"""
+"""Counts of chosen genes, collected in memory or, for more cells than memory holds, in a folder of memory-mapped .npy
+files."""
 
 import hashlib
 import logging
@@ -21,7 +20,7 @@ FORMAT = 1
 
 
 class StoredCounts(NamedTuple):
-    """Counts of those rows that have some."""
+    """Counts of the rows that have any."""
 
     counts: csr_matrix  # (R, G) fp32
     library_sizes: np.ndarray  # (R,) float64
@@ -37,7 +36,7 @@ class Growing(Protocol):
 
 
 class GrowingList:
-    """One in memory."""
+    """A growing array in memory."""
 
     def __init__(self, dtype: np.dtype):
         self.parts = [np.zeros(0, dtype)]
@@ -47,12 +46,12 @@ class GrowingList:
         self.parts.append(values.astype(self.parts[0].dtype, copy=False))
 
     def finish(self) -> np.ndarray:
-        """All of them."""
+        """The whole array."""
         return np.concatenate(self.parts)
 
 
 class GrowingFile:
-    """One in a .npy file, complete or absent: it has its name only when it is finished."""
+    """A growing array in a .npy file. The file is complete or absent: it gets its name when it is finished."""
 
     def __init__(self, path: Path, dtype: np.dtype):
         self.path, self.dtype, self.size = path, dtype, 0
@@ -61,7 +60,7 @@ class GrowingFile:
         self.write_header()
 
     def write_header(self) -> None:
-        """The header for the present size; numpy leaves room in it for any other."""
+        """Writes the header for the present size; numpy leaves room in it for any other size."""
         header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.size,)}
         np.lib.format.write_array_header_1_0(self.file, header)
 
@@ -71,7 +70,7 @@ class GrowingFile:
         self.size += len(values)
 
     def finish(self) -> np.ndarray:
-        """All of them, mapped."""
+        """The whole array, memory-mapped."""
         self.file.seek(0)
         self.write_header()
         self.file.close()
@@ -79,7 +78,7 @@ class GrowingFile:
         return np.load(self.path, mmap_mode="r")
 
     def discard(self) -> None:
-        """Leaves nothing of a file that was not finished."""
+        """Removes the file if it was not finished."""
         self.file.close()
         self.temporary.unlink(missing_ok=True)
 
@@ -92,7 +91,7 @@ def dtypes(source: CellSource) -> dict[str, np.dtype]:
 
 
 def collect(source: CellSource, rows: np.ndarray, columns: np.ndarray, of_all: bool, arrays: dict[str, Any]) -> None:
-    """Appends the counts at `columns` of those `rows` that have some to the `arrays`."""
+    """Appends the counts at `columns` of those `rows` that have any to the `arrays`."""
     for places, counts in source.chunks(rows):
         chosen = counts[:, columns]  # (B, G)
         chosen.sort_indices()
@@ -112,7 +111,7 @@ def sums(counts: csr_matrix) -> np.ndarray:
 
 
 def assembled(arrays: dict[str, np.ndarray], num_genes: int) -> StoredCounts:
-    """A matrix of the arrays, which are not copied."""
+    """A matrix over the arrays, without copying them."""
     indptr = np.zeros(len(arrays["found"]) + 1, dtype=arrays["indices"].dtype)
     np.cumsum(arrays["found"], out=indptr[1:])
     counts = csr_matrix((len(arrays["found"]), num_genes), dtype=np.float32)
@@ -121,7 +120,8 @@ def assembled(arrays: dict[str, np.ndarray], num_genes: int) -> StoredCounts:
 
 
 def counts_in_memory(source: CellSource, rows: np.ndarray, columns: np.ndarray, of_all: bool) -> StoredCounts:
-    """Counts at `columns` of those rows that have some; library sizes are sums over these columns, or `of_all`."""
+    """Counts at `columns` of those `rows` that have any. Library sizes are sums over these columns, or over all genes
+    (`of_all`)."""
     growing = {name: GrowingList(dtype) for name, dtype in dtypes(source).items()}
     collect(source, rows, columns, of_all, growing)
     return assembled({name: array.finish() for name, array in growing.items()}, len(columns))
@@ -130,9 +130,8 @@ def counts_in_memory(source: CellSource, rows: np.ndarray, columns: np.ndarray, 
 def counts_in_folder(
     source: CellSource, rows: np.ndarray, columns: np.ndarray, of_all: bool, folder: Path
 ) -> StoredCounts:
-    """The same, mapped from files in `folder`: those that are there if they are of the same source, rows, genes and
-    library, else new ones.
-    """
+    """As `counts_in_memory`, but memory-mapped from files in `folder`. Files that are there are used if they have the
+    same source, rows, genes and library; otherwise they are written anew."""
     record = record_of(source, rows, columns, of_all)
     try:
         arrays = stored_arrays(folder, record) or write_arrays(
@@ -144,7 +143,7 @@ def counts_in_folder(
 
 
 def record_of(source: CellSource, rows: np.ndarray, columns: np.ndarray, of_all: bool) -> dict[str, Any]:
-    """What the arrays in a folder depend on."""
+    """All that the arrays in a folder depend on."""
     status = source.path.stat()
     return {
         "format": FORMAT,
@@ -156,7 +155,7 @@ def record_of(source: CellSource, rows: np.ndarray, columns: np.ndarray, of_all:
 
 
 def stored_arrays(folder: Path, record: dict[str, Any]) -> dict[str, np.ndarray] | None:
-    """The arrays of a folder; None if they are not there, or of something else."""
+    """The arrays of a folder; None if they are missing or have another record."""
     try:
         if read_json(folder / RECORD) != record:
             return None
@@ -171,7 +170,7 @@ def stored_arrays(folder: Path, record: dict[str, Any]) -> dict[str, np.ndarray]
 def write_arrays(
     folder: Path, record: dict[str, Any], source: CellSource, fill: Callable[[dict[str, GrowingFile]], None]
 ) -> dict[str, np.ndarray]:
-    """Writes the arrays anew. A process that is killed leaves no record, and the next one begins again."""
+    """Writes the arrays anew. A process that is killed leaves no record, so the next one starts again."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).unlink(missing_ok=True)
     growing: dict[str, GrowingFile] = {}

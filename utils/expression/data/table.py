@@ -1,6 +1,5 @@
-"""Cells as models see them: counts of the chosen genes, split into training, validation and test. What cannot be used
-is skipped, with the reason.
-"""
+"""Cells as models see them: counts of the chosen genes, split into training, validation and test. Cells that cannot be
+used are skipped, with the reason."""
 
 import hashlib
 import json
@@ -55,7 +54,7 @@ class CellTable:
         )
 
     def identity(self) -> str:
-        """A hash of all that is in it, the same in memory and in a folder."""
+        """A hash of the content, the same in memory and in a folder."""
         digest = hashlib.sha256()
         arrays = ((self.counts.data, "<f4"), (self.counts.indices, "<i8"), (self.counts.indptr, "<i8"))
         for array, dtype in (*arrays, (self.library_sizes, "<f8")):
@@ -76,10 +75,9 @@ def read_table(
     max_skipped_fraction: float = 0.05,
 ) -> CellTable:
     """The cells of some rows (ascending) with counts of `genes`, found by name and put in this order. Library sizes
-    are sums over these genes ("chosen") or over all of the source ("all"). With `folder` the counts lie there, in
-    files that the next call takes as they are if it asks for the same. Cells without counts in these genes are left
-    out; raises UserError where more than `max_skipped_fraction` are, and for genes that the source does not have.
-    """
+    are sums over these genes ('chosen') or over all genes of the source ('all'). With `folder` the counts lie there,
+    in files that the next call with the same arguments reuses. Cells without counts in these genes are left out.
+    Raises UserError if these are more than `max_skipped_fraction`, and for genes that the source does not have."""
     if library not in LIBRARIES:
         raise ValueError(f"library {library!r}; expected one of {', '.join(LIBRARIES)}")
     if len(set(genes)) < len(genes) or not genes:

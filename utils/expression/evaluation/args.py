@@ -26,56 +26,56 @@ def add_evaluation_args(parser: ArgumentParser) -> None:
 def add_comparison_args(parser: ArgumentParser) -> None:
     """Which cells are compared with which."""
     group = parser.add_argument_group("cells; without --samples, --model is sampled")
-    group.add_argument("--model", default=None, help="A run's folder or a checkpoint, which is sampled.")
+    group.add_argument("--model", default=None, help="Folder of a run, or a checkpoint, to sample.")
     group.add_argument(
-        "--samples", default=None, help="What is judged instead: a folder of sample.py, or an .h5ad file with counts."
+        "--samples", default=None, help="Cells to evaluate: output folder of sample.py, or an .h5ad file with counts."
     )
     group.add_argument("--samples_layer", default=None, help="Layer with the counts of --samples. Default: X.")
     group.add_argument(
-        "--reference", default=None, help="An .h5ad file with real cells that the run never saw. Required."
+        "--reference", default=None, help="An .h5ad file with real cells that the run was not trained on. Required."
     )
     group.add_argument(
         "--reference_split",
         choices=SPLITS,
         default="test",
-        help="Which cells of --reference: those that the autoencoder of --model, or --split_of, knows as that split, "
-        "or all.",
+        help="Cells of --reference to use: a split that is stored with the autoencoder of --model or --split_of, or "
+        "all.",
     )
     group.add_argument(
         "--training_data",
         default=None,
-        help="An .h5ad file with the cells that the run was trained on: for the control, the nulls, the classifier "
-        "and copies. Default: --reference, of which --model or --split_of says which cells those are.",
+        help="An .h5ad file with the cells that the run was trained on, for the control, the nulls, the classifier "
+        "and copies. Default: the training cells of --reference.",
     )
     group.add_argument(
         "--training_data_split",
         choices=SPLITS,
         default="train",
-        help="Which cells of --training_data, likewise.",
+        help="Cells of --training_data to use: a stored split, or all.",
     )
     group.add_argument(
         "--split_of",
         default=None,
-        help="With --samples: a run or an autoencoder whose training, test and other cells are told apart. Default: "
+        help="With --samples: run or autoencoder whose stored split tells training cells from test cells. Default: "
         "all cells of each file.",
     )
     group.add_argument(
         "--counts_layer",
         default=None,
-        help="Layer with the raw counts of --reference and --training_data; raw for adata.raw. Default: X.",
+        help="Layer with the raw counts of --reference and --training_data; raw stands for adata.raw. Default: X.",
     )
     group.add_argument(
         "--label_column",
         default=None,
-        help="Column of obs with the types by which cells are judged. Default: the class that the run is conditioned "
-        "on; of --samples, the one column of text that --reference has too.",
+        help="Column of obs with the cell types. Default: the class that the run is conditioned on; with --samples, "
+        "the one text column that --reference has too.",
     )
     group.add_argument(
         "--num_samples",
         type=positive_int,
         default=None,
-        help="Cells in all. Default: all there are; of a run, as many as test cells. Each is asked for what a test "
-        "cell is, drawn at random where the numbers differ.",
+        help="Number of cells. Default: all of --samples, or as many from --model as there are test cells. Each is "
+        "sampled with the conditions of a test cell, drawn at random where the numbers differ.",
     )
 
 
@@ -86,14 +86,15 @@ def add_measurement_args(parser: ArgumentParser) -> None:
         "--seeds",
         type=positive_int,
         default=1,
-        help="Draw everything, samples, control and nulls, that many times, and show the mean and the spread.",
+        help="Number of seeds. Samples, control and nulls are drawn once for each; the report shows the mean and the "
+        "spread.",
     )
     group.add_argument(
         "--sweep",
         nargs="+",
         metavar=("NAME", "VALUE"),
         default=None,
-        help=f"Sample --model once for each value: {', '.join(SWEEPS)}; 'guidance_scale 1 1.5 2', say.",
+        help=f"Sample --model once for each value of a flag: {', '.join(SWEEPS)}, as in 'guidance_scale 1 1.5 2'.",
     )
     group.add_argument(
         "--umap",
@@ -102,7 +103,9 @@ def add_measurement_args(parser: ArgumentParser) -> None:
         help="Draw a UMAP of real cells, samples and the Gaussian null; takes half a minute or more.",
     )
     group.add_argument(
-        "--output_dir", default=None, help="New or empty folder. Default: MODEL/evaluated/NUMBER or runs/evaluated/..."
+        "--output_dir",
+        default=None,
+        help="New or empty folder. Default: MODEL/evaluated/NUMBER, or runs/evaluated/NUMBER with --samples.",
     )
 
 
@@ -120,7 +123,7 @@ def check_evaluation_args(args: Namespace) -> None:
                     "its autoencoder), or give a file with those cells alone"
                 )
     elif args.model is None:
-        raise UserError("give --model (a run of cells, which is sampled) or --samples (cells that are there)")
+        raise UserError("give --model (a run of cells, which is sampled) or --samples (existing cells)")
     for name, reason in (("samples_layer", "a run makes its counts itself"), ("split_of", "--model says it")):
         if args.samples is None and getattr(args, name) is not None:
             raise UserError(f"--{name} without --samples: {reason}; leave it out")

@@ -1,4 +1,4 @@
-"""Arguments that scripts share, about data: which images, what is cached of them. Imports no torch."""
+"""Flags of image data and of the latent cache. Imports no torch."""
 
 import os
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
@@ -9,39 +9,46 @@ from utils.image.args.text import add_condition_args
 
 
 def add_dataset_args(parser: ArgumentParser) -> None:
-    """Which images, and how they are cut."""
+    """Adds the flags of the data set, and of cropping and resizing."""
     group = parser.add_argument_group("dataset")
-    group.add_argument("--dataset_name", default=None, help="Hub name, local folder, or .parquet file or pattern.")
+    group.add_argument(
+        "--dataset_name",
+        default=None,
+        help="Dataset on the Hugging Face hub, local folder, or .parquet file or pattern.",
+    )
     group.add_argument("--dataset_config_name", default=None, help="Configuration of a dataset that has several.")
-    group.add_argument("--dataset_revision", default=None, help="Branch, tag or commit of a hub dataset.")
+    group.add_argument("--dataset_revision", default=None, help="Branch, tag or commit of a dataset on the hub.")
     group.add_argument("--dataset_split", default="train", help="Split to read.")
     group.add_argument(
-        "--train_data_dir", default=None, help="Image folder with metadata.jsonl, or with one folder a class."
+        "--train_data_dir", default=None, help="Image folder with a metadata.jsonl, or with one subfolder per class."
     )
-    group.add_argument("--image_column", default=None, help="Default: the only image column.")
+    group.add_argument("--image_column", default=None, help="Column with the images. Default: the only image column.")
     group.add_argument(
-        "--resolution", type=positive_int, default=256, help="Pixels of a side after resizing and cropping."
+        "--resolution", type=positive_int, default=256, help="Height and width in pixels, after resizing and cropping."
     )
     group.add_argument(
-        "--center_crop", action=BooleanOptionalAction, default=False, help="Crop the centre instead of a random place."
+        "--center_crop",
+        action=BooleanOptionalAction,
+        default=False,
+        help="Crop at the centre instead of at a random place.",
     )
     group.add_argument(
         "--random_flip",
         action=BooleanOptionalAction,
         default=False,
-        help="Also encode the mirrored image; one is drawn per epoch.",
+        help="Also encode the mirrored images; training draws one of the two per epoch.",
     )
     group.add_argument(
         "--alpha_background",
         choices=["white", "grey", "black"],
         default="white",
-        help="What transparent images are laid on.",
+        help="Background of transparent images.",
     )
-    group.add_argument("--max_samples", type=positive_int, default=None, help="Use the first N rows only.")
+    group.add_argument("--max_samples", type=positive_int, default=None, help="Use only the first N rows.")
 
 
 def add_cache_args(parser: ArgumentParser) -> None:
-    """The frozen models and what is stored of what they give."""
+    """Adds the flags of the frozen models and of what is cached of their output."""
     group = parser.add_argument_group("latent cache")
     group.add_argument(
         "--codec",
@@ -52,7 +59,7 @@ def add_cache_args(parser: ArgumentParser) -> None:
     group.add_argument(
         "--pretrained_vae_model_name_or_path",
         default="stabilityai/sd-vae-ft-mse",
-        help="Any diffusers autoencoder: hub name or folder.",
+        help="Any autoencoder of diffusers: hub name or folder.",
     )
     group.add_argument(
         "--pretrained_text_encoder_name_or_path",
@@ -63,38 +70,49 @@ def add_cache_args(parser: ArgumentParser) -> None:
         "--text_encoder_library",
         choices=["transformers", "open_clip"],
         default="transformers",
-        help="What loads the text encoder.",
+        help="Library that loads the text encoder.",
     )
-    group.add_argument("--tokenizer_name", default=None, help="Default: the tokenizer beside the text encoder.")
+    group.add_argument(
+        "--tokenizer_name",
+        default=None,
+        help="Tokenizer: hub name or folder. Default: the one beside the text encoder.",
+    )
     group.add_argument(
         "--latent_content",
         choices=["moments", "mean"],
         default=None,
-        help="Store the posterior's mean and std (default, where the VAE has one) or its mean.",
+        help="Cache the posterior's mean and std (moments; the default if the VAE has a posterior), or its mean only.",
     )
-    group.add_argument("--encode_batch_size", type=positive_int, default=16, help="Images per VAE call.")
+    group.add_argument("--encode_batch_size", type=positive_int, default=16, help="Batch size of the VAE's encoder.")
     group.add_argument(
-        "--rows_per_shard", type=positive_int, default=512, help="Images per shard: what a kill can cost."
+        "--rows_per_shard",
+        type=positive_int,
+        default=512,
+        help="Images per shard; a killed process loses one shard at most.",
     )
     group.add_argument(
         "--max_cached_captions",
         type=non_negative_int,
         default=200_000,
-        help="Above so many distinct captions token ids are cached and the text encoder runs in the training loop.",
+        help="With more distinct captions than this, only token ids are cached, and the text encoder runs in "
+        "training.",
     )
     group.add_argument(
-        "--decode_workers", type=positive_int, default=min(8, os.cpu_count() or 1), help="Threads that decode images."
+        "--decode_workers",
+        type=positive_int,
+        default=min(8, os.cpu_count() or 1),
+        help="Number of threads that decode images.",
     )
 
 
 def check_condition_column(args: Namespace, name: str) -> None:
-    """Refuses a dataset without the column that the model is conditioned on, before it is encoded."""
+    """Refuses a data set without the column that the model is conditioned on, before it is encoded."""
     if (args.dataset_name or args.train_data_dir) and getattr(args, name) is None:
         raise UserError(f"--{name} is required with a dataset: name the column that holds the {name.split('_')[0]}s")
 
 
 def check_codec_args(args: Namespace) -> None:
-    """Settles what makes the latents: with --codec pixels nothing does."""
+    """With --codec pixels, sets the flag of the VAE to pixels too. Refuses another VAE beside it."""
     if args.codec == "vae":
         return
     vae = "pretrained_vae_model_name_or_path"

@@ -1,4 +1,4 @@
-"""Flags that say what a run of images is asked for. Imports no torch."""
+"""Flags that say what to sample from a run of images. Imports no torch."""
 
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from pathlib import Path
@@ -10,12 +10,15 @@ from utils.errors import UserError
 def add_request_args(parser: ArgumentParser) -> None:
     """What a run of images is asked for."""
     group = parser.add_argument_group("request of images")
-    group.add_argument("--prompt", action="append", default=None, help="What to draw; may be repeated.")
-    group.add_argument("--prompts_file", default=None, help="Text file with one prompt a line.")
+    group.add_argument("--prompt", action="append", default=None, help="Prompt; may be given several times.")
+    group.add_argument("--prompts_file", default=None, help="Text file with one prompt per line.")
     group.add_argument(
-        "--negative_prompt", default=None, help="What guidance leads away from, instead of from nothing."
+        "--class_labels",
+        nargs="+",
+        type=non_negative_int,
+        default=None,
+        help="Class labels to sample. Default: every class.",
     )
-    group.add_argument("--class_labels", nargs="+", type=non_negative_int, default=None, help="Default: every class.")
 
 
 def add_count_args(parser: ArgumentParser) -> None:

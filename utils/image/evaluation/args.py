@@ -32,7 +32,7 @@ def add_comparison_args(parser: ArgumentParser) -> None:
     group.add_argument(
         "--model", default=None, help="A run's folder or a checkpoint. Default: the newest run below runs/."
     )
-    group.add_argument("--samples", default=None, help=f"What is judged: a folder of sample.py, {sources}.")
+    group.add_argument("--samples", default=None, help=f"Images to evaluate: output folder of sample.py, {sources}.")
     group.add_argument("--samples_split", default="train", help="Split of --samples, if it is a dataset.")
     group.add_argument(
         "--reference",
@@ -44,33 +44,41 @@ def add_comparison_args(parser: ArgumentParser) -> None:
     group.add_argument(
         "--training_data",
         default=None,
-        help="Images the run was trained on: with --held_out_data, samples are looked up among them for copies.",
+        help="Images that the run was trained on, among which copies are searched; needs --held_out_data.",
     )
     group.add_argument("--training_data_split", default="train", help="Split of --training_data.")
-    group.add_argument("--held_out_data", default=None, help="Real images like them that the run never saw.")
-    group.add_argument("--held_out_data_split", default="test", help="Split of --held_out_data.")
-    group.add_argument("--image_column", default=None, help="Of datasets. Default: the only image column.")
-    group.add_argument("--label_column", default=None, help="Class labels of --samples, if it is a dataset.")
     group.add_argument(
-        "--caption_column", default=None, help="Captions of --samples; with --model, of --reference, as prompts."
+        "--held_out_data", default=None, help="Real images of the same kind that the run was not trained on."
+    )
+    group.add_argument("--held_out_data_split", default="test", help="Split of --held_out_data.")
+    group.add_argument(
+        "--image_column", default=None, help="Column of datasets with the images. Default: the only image column."
+    )
+    group.add_argument(
+        "--label_column", default=None, help="Column with the class labels of --samples, if it is a dataset."
+    )
+    group.add_argument(
+        "--caption_column",
+        default=None,
+        help="Column with the captions of --samples; with --model, of --reference, whose captions are the prompts.",
     )
     group.add_argument(
         "--resolution",
         type=positive_int,
         default=None,
-        help="Crop and resize everything to this size. Default: samples must have one size, real images follow it.",
+        help="Crop and resize all images to this size. Default: the size of the samples, which must be equal.",
     )
     group.add_argument(
         "--num_samples",
         type=positive_int,
         default=None,
-        help=f"Default: all there are; {DEFAULT_SAMPLES_OF_A_RUN} of a run.",
+        help=f"Number of samples. Default: all of --samples, or {DEFAULT_SAMPLES_OF_A_RUN} from --model.",
     )
     group.add_argument(
         "--num_reference",
         type=positive_int,
         default=None,
-        help="At most so many images of --reference and of --held_out_data.",
+        help="Largest number of images to use of --reference and of --held_out_data.",
     )
 
 
@@ -81,30 +89,40 @@ def add_measurement_args(parser: ArgumentParser) -> None:
         "--features",
         nargs="+",
         default=["inception"],
-        help="inception (downloads FID's weights), inception:FILE, clip:NAME_OR_FOLDER, open_clip:NAME_OR_FILE, "
-        "classifier:FOLDER; several give a table each.",
+        help="Features, each with a table of its own: inception (downloads FID's weights), inception:FILE, "
+        "clip:NAME_OR_FOLDER, open_clip:NAME_OR_FILE, classifier:FOLDER.",
     )
     group.add_argument(
-        "--metrics", nargs="+", choices=METRIC_NAMES, default=list(METRIC_NAMES), help="Default: all that can be had."
+        "--metrics",
+        nargs="+",
+        choices=METRIC_NAMES,
+        default=list(METRIC_NAMES),
+        help="Metrics to compute. Default: all that the inputs allow.",
     )
     group.add_argument(
-        "--classifier", default=None, help="Folder of a classifier that reads whether samples show what was asked for."
+        "--classifier",
+        default=None,
+        help="Folder of a classifier that measures whether samples show the class they were sampled for.",
     )
     group.add_argument(
         "--sweep",
         nargs="+",
         metavar=("NAME", "VALUE"),
         default=None,
-        help=f"Sample --model once for each value: {', '.join(SWEEPS)}; 'guidance_scale 1 2 3 5 7.5', say.",
+        help=f"Sample --model once for each value of a flag: {', '.join(SWEEPS)}, as in 'guidance_scale 1 2 3 5 7.5'.",
     )
-    group.add_argument("--feature_batch_size", type=positive_int, default=64, help="Images measured at once.")
     group.add_argument(
-        "--statistics_dir", default="runs/statistics", help="Where features of real images are kept for next time."
+        "--feature_batch_size", type=positive_int, default=64, help="Batch size of the feature network."
+    )
+    group.add_argument(
+        "--statistics_dir",
+        default="runs/statistics",
+        help="Folder in which features of real images are stored for later evaluations.",
     )
     group.add_argument(
         "--output_dir",
         default=None,
-        help="New or empty folder. Default: MODEL/evaluated/NUMBER, or runs/evaluated/...",
+        help="New or empty folder. Default: MODEL/evaluated/NUMBER, or runs/evaluated/NUMBER with --samples.",
     )
 
 
@@ -118,7 +136,7 @@ def check_evaluation_args(args: Namespace) -> None:
                 raise UserError(f"--{name} with --samples: those images are made already; leave one out")
     elif args.label_column:
         raise UserError(
-            "--label_column without --samples: a run's labels are those that it is asked for; leave it out"
+            "--label_column without --samples: with --model the labels are those that are sampled; leave it out"
         )
     for name in ("samples", "reference", "training_data", "held_out_data"):
         if f"{name}_split" in args.typed and getattr(args, name) is None:
