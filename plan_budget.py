@@ -186,7 +186,12 @@ def main(args: argparse.Namespace) -> None:
     step_seconds = pace.step_seconds(micro_steps)
     args.train_batch_size, args.gradient_accumulation_steps, args.max_train_hours = batch_size, micro_steps, args.hours
     args.max_train_steps = planning.planned_steps(
-        args.hours, step_seconds, overheads, args.checkpointing_steps, args.validation_steps, args.eval_steps
+        args.hours,
+        step_seconds,
+        overheads,
+        args.checkpointing_steps,
+        args.validation_steps,
+        eval_steps=args.eval_steps,
     )
     num_text_tokens = spec.captions["shape"][0] if condition == "text" else 0
     flops = budget.training_flops(model, spec.shape, num_text_tokens, args.tread_ratio)

@@ -66,7 +66,7 @@ def main() -> None:
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     settings = {"model": f"scVI {scvi.__version__}, its prior"}
-    save_cells(output_dir, counts, np.exp(library), table.genes, [{}] * len(counts), settings, args.seed)
+    save_cells(output_dir, counts, np.exp(library), table.genes, [{}] * len(counts), settings=settings, seed=args.seed)
     print(f"{len(counts)} cells in {output_dir}")
 
 

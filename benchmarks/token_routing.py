@@ -49,7 +49,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     num_layers, width, heads = DIT_SIZES[args.size]
-    dit = DiT(args.sample_size, 2, 4, num_layers, width, heads, projection_class_embeddings_input_dim=width)
+    dit = DiT(
+        args.sample_size,
+        2,
+        4,
+        num_layers,
+        width,
+        num_attention_heads=heads,
+        projection_class_embeddings_input_dim=width,
+    )
     denoiser = ConditionalDenoiser(dit, ClassCondition(1000, width)).to(args.device)
     latents = torch.randn(args.batch_size, 4, args.sample_size, args.sample_size, device=args.device)
     times: dict[float, list[float]] = {ratio: [] for ratio in args.ratios}

@@ -15,6 +15,7 @@ from utils.args.parsing import (
     parse_with_config,
     positive_float,
     positive_int,
+    typed_value,
 )
 from utils.errors import UserError
 
@@ -266,7 +267,7 @@ def test_args_yaml_round_trip(monkeypatch, tmp_path, script, flags):
     from utils.training.setup import save_args
 
     first = parse_script(monkeypatch, script, flags.split())
-    save_args(first, tmp_path, SimpleNamespace(is_main_process=True))
+    save_args(first, SimpleNamespace(is_main=True, folder=tmp_path))
     saved = yaml.safe_load((tmp_path / "args.yaml").read_text(encoding="utf-8"))
     assert not {"config", "given", "typed"} & saved.keys()
     again = parse_script(monkeypatch, script, ["--config", str(tmp_path / "args.yaml")])
@@ -286,7 +287,7 @@ def test_repeated_prompts_round_trip(monkeypatch, tmp_path):
     prompts = ["no", "a: b", "  'quoted'", "🦊 漢字", "1e-4", "# not a comment"]
     argv = ["--output_dir", "o", "--latents_dir", "l", "--validation_prompts", *prompts]
     first = parse_script(monkeypatch, "train_text_to_image_ldm", argv)
-    save_args(first, tmp_path, SimpleNamespace(is_main_process=True))
+    save_args(first, SimpleNamespace(is_main=True, folder=tmp_path))
     again = parse_script(monkeypatch, "train_text_to_image_ldm", ["--config", str(tmp_path / "args.yaml")])
     assert again.validation_prompts == first.validation_prompts == prompts
 

@@ -42,13 +42,15 @@ def imported_as(tree: ast.AST) -> Iterator[tuple[str, str]]:
 
 
 def faults_of_calls(modules: dict[str, str], utils: dict[str, str]) -> list[str]:
-    """Calls of functions of `utils` with more than five values by place; those with stars are told by their names."""
+    """Calls of functions of `utils` with more than five values by place, but for calls with stars and the rows of tables,
+    whose columns are aligned."""
     defined, faults = definitions(utils), []
     for module, source in modules.items():
         tree = ast.parse(source)
         imported = dict(imported_as(tree))
+        rows = {id(value) for node in ast.walk(tree) if isinstance(node, ast.Dict) for value in node.values}
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and len(node.args) > MAX_BY_PLACE:
+            if isinstance(node, ast.Call) and len(node.args) > MAX_BY_PLACE and id(node) not in rows:
                 name = callee(node, imported, defined, module)
                 if name is not None and not any(isinstance(each, ast.Starred) for each in node.args):
                     faults.append(f"{module}:{node.lineno} gives {name} {len(node.args)} values by place")
@@ -75,6 +77,7 @@ SOUND: dict[str, Callable[[], list[str]]] = {
     "five values": lambda: calls("from utils.a import f\nf(1, 2, 3, 4, 5, x=6)"),
     "stars": lambda: calls("from utils.a import f\nf(1, *x, 2, 3, 4, 5, 6)"),
     "another library": lambda: calls("import torch\ntorch.f(1, 2, 3, 4, 5, 6)"),
+    "a row of a table": lambda: calls("from utils.a import f\nSIZES = {'S': f(1, 2, 3, 4, 5, 6)}"),
     "logging": lambda: calls("logger.info(1, 2, 3, 4, 5, 6)"),
 }
 

@@ -53,10 +53,7 @@ def add_sampler_args(parser: ArgumentParser, batch_size: int | None = 16) -> Non
         "--batch_size",
         type=positive_int,
         default=batch_size,
-        help=f"Samples made at once. Default: {batch_size or '16, of cells 1024'}.",
-    )
-    group.add_argument(
-        "--batch_size", type=positive_int, default=16, help="Number of samples in a batch. Default for cells: 1024."
+        help=f"Number of samples in a batch. Default: {batch_size or '16, for cells 1024'}.",
     )
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Autocast precision.")
     group.add_argument("--device", default=None, help="Device such as cuda or cpu. Default: cuda if available.")

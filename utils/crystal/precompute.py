@@ -89,7 +89,7 @@ def write_cache(
             parts = []
             for start in range(0, len(rows), args.encode_batch_size):
                 some = rows[start : start + args.encode_batch_size]
-                parts.append(encode_rows(vae, table, some, args.num_translations, args.seed, sums))
+                parts.append(encode_rows(vae, table, some, args.num_translations, args.seed, sums=sums))
                 progress.update(len(some))
             moved = np.concatenate(parts, axis=1)  # (translations, rows, 2, N, D)
             columns |= dict(zip(spec.variants(), moved, strict=True))

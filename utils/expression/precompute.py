@@ -34,7 +34,9 @@ def build_cache(args: Namespace, accelerator: Accelerator, cache_dir: Path) -> L
     rows = rows_of_split(source, args.pretrained_vae_model_name_or_path, args.split, "--split")
     config = vae.config
     with TemporaryDirectory() as folder:  # for more cells than memory: the files stay mapped when they have no name
-        table = read_table(source, rows, config.genes, config.library, Path(folder), args.max_skipped_fraction)
+        table = read_table(
+            source, rows, config.genes, config.library, Path(folder), max_skipped_fraction=args.max_skipped_fraction
+        )
     return build_from(args, accelerator, cache_dir, vae, table)
 
 

@@ -74,7 +74,9 @@ def open_cell_data(args: Namespace, accelerator: Accelerator) -> CellData:
         with accelerator.main_process_first():  # the main process writes the files that others read
             if folder is not None and accelerator.is_main_process:
                 remove_unfinished(folder)  # as large as the data
-            table = read_table(source, rows[name], genes, args.library, folder, args.max_skipped_fraction)
+            table = read_table(
+                source, rows[name], genes, args.library, folder, max_skipped_fraction=args.max_skipped_fraction
+            )
         tables.append(table)
     logger.info(
         "%d cells to train on, %d to watch it, %d kept for the test; %d of %d genes; median library size %.0f",
@@ -84,7 +86,7 @@ def open_cell_data(args: Namespace, accelerator: Accelerator) -> CellData:
         np.median(tables[0].library_sizes),
     )
     identity = sha256_json([*(table.identity() for table in tables), args.batch_column])
-    return CellData(source, split, tables[0], tables[1], batch_names, identity)
+    return CellData(source, split, tables[0], tables[1], batch_names, identity=identity)
 
 
 def split_of(args: Namespace, source: CellSource) -> np.ndarray:

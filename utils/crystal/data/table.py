@@ -208,8 +208,8 @@ def make_table(
         lengths.astype(np.float32),
         angles.astype(np.float32),
         num_atoms,
-        columns,
-        skipped or [],
+        columns=columns,
+        skipped=skipped or [],
     )
 
 

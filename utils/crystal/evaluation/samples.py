@@ -175,7 +175,12 @@ def order_of_flags(
         request
         for more in of_targets
         for request in requested_crystals(
-            pipeline, run_dir, compositions, chemical_systems, [*assignments, *more], clamp_composition
+            pipeline,
+            run_dir,
+            compositions,
+            chemical_systems,
+            [*assignments, *more],
+            clamp_composition=clamp_composition,
         )
     ]
     if num_samples < len(kinds):

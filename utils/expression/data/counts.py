@@ -131,7 +131,9 @@ def stored_matrix(file: Any, key: str, flag: str) -> StoredMatrix:
     if values.dtype.kind not in "biuf":
         raise UserError(f"{flag}: {key} of {file.filename} holds values of type {values.dtype}; expected counts")
     path = Path(file.filename)
-    return StoredMatrix(path, key, flag, kind, (shape[0], shape[1]), int(np.prod(values.shape)), values.dtype)
+    return StoredMatrix(
+        path, key, flag, kind, (shape[0], shape[1]), num_values=int(np.prod(values.shape)), dtype=values.dtype
+    )
 
 
 def rows_at_once(num_columns: int) -> int:

@@ -76,7 +76,9 @@ def open_cells(
     check_genes(genes, name, flag)
     check_counts(stored, layer_flag)
     cell_ids = unique_ids(names_of(frame), name)
-    return CellSource(file_path, name, genes, cell_ids, columns_of(frame, name), key, flag, stored.by_rows())
+    return CellSource(
+        file_path, name, genes, cell_ids, columns_of(frame, name), key=key, flag=flag, counts=stored.by_rows()
+    )
 
 
 def matrices_of(file: Any) -> dict[str, str]:

@@ -104,7 +104,7 @@ def read_table(
         list(genes),
         source.cell_ids[stored.rows],
         {name: values[stored.rows] for name, values in source.obs.items()},
-        [{"cell": cell, "reason": reason} for cell in left_out],
+        skipped=[{"cell": cell, "reason": reason} for cell in left_out],
     )
 
 
