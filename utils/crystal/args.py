@@ -182,7 +182,7 @@ def add_crystal_request_args(parser: ArgumentParser) -> None:
         "--composition",
         nargs="+",
         default=None,
-        help="Formulas such as LiFePO4, as a condition: the run is told, and may give something else.",
+        help="Formulas such as LiFePO4 or Ca(OH)2, as a condition: the run is told, and may give something else.",
     )
     group.add_argument(
         "--clamp_composition",

@@ -128,28 +128,28 @@ def formula_of(atomic_numbers: np.ndarray) -> str:
 
 
 def parse_formula(text: str, flag: str = "--composition") -> dict[int, int]:
-    """LiFePO4 -> {3: 1, 26: 1, 15: 1, 8: 4}. Raises UserError, which names the flag, for anything but element symbols
-    and whole numbers.
+    """LiFePO4 -> {3: 1, 26: 1, 15: 1, 8: 4}, and Ca(OH)2 -> {20: 1, 8: 2, 1: 2}. Raises UserError, which names the
+    flag, for anything but element symbols, whole numbers and brackets.
     """
-    counts: Counter[int] = Counter()
-    rest = text.strip()
-    while rest:
-        found = re.match(r"([A-Z][a-z]?)(\d*)", rest)
-        if not found:
-            raise UserError(
-                f"{flag} {text}: cannot read '{rest}'; write element symbols and whole numbers, as in LiFePO4, "
-                "without charges, brackets or dots"
-            )
-        symbol, number = found.groups()
+    formula = text.strip()
+    if not formula:
+        raise UserError(f"{flag}: the formula is empty; give one such as LiFePO4")
+    # Checked here, for pymatgen also takes 1e2 or 0.5 atoms, counts D as hydrogen and leaves out what is zero times.
+    if rest := re.sub(r"^([A-Z][a-z]?|[0-9]+|[()\[\]{}])+", "", formula):
+        raise UserError(
+            f"{flag} {text}: cannot read '{rest}'; write element symbols, whole numbers and brackets, as in LiFePO4 "
+            "or Ca(OH)2, without charges or dots"
+        )
+    for symbol in re.findall("[A-Z][a-z]?", formula):
         if symbol not in ATOMIC_NUMBERS:
             raise UserError(f"{flag} {text}: there is no element {symbol}")
-        if number and int(number) == 0:
-            raise UserError(f"{flag} {text}: {symbol}0 asks for no atoms; leave it out")
-        counts[ATOMIC_NUMBERS[symbol]] += int(number or 1)
-        rest = rest[found.end() :]
-    if not counts:
-        raise UserError(f"{flag}: the formula is empty; give one such as LiFePO4")
-    return dict(counts)
+    if zero := re.search(r"([A-Z][a-z]?|[)\]}])0+(?![0-9])", formula):
+        raise UserError(f"{flag} {text}: {zero[0]} asks for no atoms; leave it out")
+    composition = crystal_package("pymatgen.core").Composition
+    try:
+        return {element.Z: int(count) for element, count in composition(formula).items()}
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"{flag} {text}: it is no formula: {error}") from error
 
 
 def parse_chemical_system(text: str, flag: str = "--chemical_system") -> list[int]:
