@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from utils.crystal.structure import (
-    ATOMIC_NUMBERS,
     MAX_ATOMIC_NUMBER,
     Crystal,
     crystal_package,
+    elements,
     min_distance,
     niggli_reduced,
     volume,
@@ -127,7 +127,7 @@ def check_block(block: dict[str, Any]) -> None:
     symbols = block.get("_atom_site_type_symbol", [])
     for symbol in [symbols] if isinstance(symbols, str) else symbols:
         letters = re.match("[A-Za-z]*", symbol)
-        if letters is None or letters[0].title() not in {*ATOMIC_NUMBERS, "D", "T"}:
+        if letters is None or letters[0].title() not in {*elements(), "D", "T"}:
             raise ValueError(f"there is no element {symbol}")
 
 
