@@ -81,18 +81,18 @@ def main(args: argparse.Namespace) -> None:
     from utils.training import flops as budget
     from utils.training import optimizers as optimization
     from utils.training import setup
-    from utils.training import setup as run
-    from utils.training.ema import EMA
 
     # Load
-    accelerator = run.make_accelerator(args)
+    accelerator = setup.make_accelerator(
+        mixed_precision=args.mixed_precision, seed=args.seed, allow_tf32=args.allow_tf32
+    )
     if accelerator.num_processes > 1:
         raise UserError("plan_budget.py measures one process; start it with python, or with --num_processes 1")
     device = accelerator.device
     memory_limit = measuring.usable_bytes(device, args.memory_gb) * (1 - args.memory_margin)
     spec = planned_spec(args)
     cache = measuring.SyntheticCache(spec)
-    objective, _ = setup.build_objective(args, device)
+    objective, _ = setup.make_objective(args, device)
     condition = "none" if args.unconditional else args.trainer
     denoiser = build.build_denoiser(args, cache, condition)
     encodes_in_loop = condition == "text" and cache.caption_content == "input_ids"
@@ -103,17 +103,10 @@ def main(args: argparse.Namespace) -> None:
         optimization.enable_xformers(denoiser.model, device)
 
     # Prepare
-    optimizer = optimization.make_optimizer(
-        denoiser,
-        args.learning_rate,
-        (args.adam_beta1, args.adam_beta2),
-        args.adam_weight_decay,
-        args.adam_epsilon,
-        args.optimizer,
-    )
+    optimizer = setup.make_optimizer(args, denoiser)
     denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
     model = accelerator.unwrap_model(denoiser)
-    ema = EMA(model, args.ema_decay, args.ema_sigma_rels or ()) if args.use_ema else None
+    ema = setup.make_ema(args, model, args.ema_sigma_rels)  # None without --use_ema
     stream = LatentStream(cache, args.seed)
     denoiser.train()
     startup = measuring.process_age()
@@ -127,8 +120,10 @@ def main(args: argparse.Namespace) -> None:
         while len(clock.steps) < 3 or time.perf_counter() - started < seconds:
             clock.start_step()
             for _ in range(micro_steps):
-                batch = run.to_device(stream.__getitems__(list(range(batch_size))), device)
-                draws = SampleDraws(args.seed, batch["positions"], device)
+                batch = stream.__getitems__(list(range(batch_size)))
+                draws = SampleDraws(args.seed, batch.pop("positions"), device)
+                draws.seed_dropout()
+                batch = {name: tensor.to(device) for name, tensor in batch.items()}
                 if encodes_in_loop:
                     with torch.no_grad(), accelerator.autocast():
                         batch["encoder_hidden_states"] = text_encoder(batch["input_ids"])[0]  # (B, S, D)
@@ -137,12 +132,12 @@ def main(args: argparse.Namespace) -> None:
                     noise = objective.sample_noise(latents, draws)  # (B, C, H, W)
                     timesteps = objective.sample_timesteps(draws.uniform("timestep"))  # (B,)
                     noisy_latents = objective.add_noise(latents, objective.perturb(noise, draws), timesteps)
-                    drop = draws.uniform("condition_drop") < args.cond_drop_prob  # (B,)
+                    drop = model.draw_drop(draws, args.cond_drop_prob)  # (B,), once a sample
                     kept_tokens = model.draw_kept_tokens(draws, args.tread_ratio)  # (B, K) or None
                     clock.end_stage("other")
                     model_pred = network(noisy_latents, timesteps, batch, drop, kept_tokens)
                     target = objective.target(latents, noise, timesteps)
-                    loss = objective.loss(model_pred, target, timesteps)
+                    loss = objective.loss(model_pred, target, timesteps, batch.get("attention_mask"))
                     accelerator.backward(loss)
                     clock.end_stage("forward + backward")
                     if accelerator.sync_gradients:
@@ -199,7 +194,7 @@ def main(args: argparse.Namespace) -> None:
     samples = batch_size * micro_steps
     mfu = budget.model_flops_utilisation(samples / step_seconds, flops, peak)
     stages = ", ".join(f"{name} {seconds / step_seconds:.0%}" for name, seconds in pace.stages(micro_steps).items())
-    size = run.millions_of_parameters(model)
+    size = setup.millions_of_parameters(model)
     report = [
         f"{args.trainer} trainer on {measuring.name_of(device)}, precision {accelerator.mixed_precision}",
         f"model: {args.model} of {size:.1f}M parameters, {flops / 1e9:.4g} GFLOP a sample",

@@ -8,7 +8,6 @@ precompute_latents.py --modality crystal as --pretrained_vae_model_name_or_path.
 """
 
 import argparse
-from pathlib import Path
 
 from utils.args import checks as arg_checks
 from utils.args import groups as shared
@@ -36,26 +35,22 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     import torch
-    from tqdm.auto import tqdm
 
     from utils.crystal.data.table import CrystalStream, translated
     from utils.crystal.setup import open_crystal_data
     from utils.crystal.vae import training as crystal_training
     from utils.crystal.vae.network import CRYSTAL_VAE_SIZES, CrystalVAE
-    from utils.draws import SampleDraws
     from utils.latents.posterior import kl_to_standard_normal, kl_weight_at
     from utils.tensor_ops import masked_mean
-    from utils.training import ema as training_ema
-    from utils.training import optimizers as optimization
-    from utils.training import setup as run
+    from utils.training import setup
     from utils.training.checkpoints import Checkpoints
-    from utils.training.ema import EMA
+    from utils.training.ema import averaged_weights
+    from utils.training.optimizers import clip_grad_norm_, set_learning_rate
     from utils.training.step_log import StepLog
 
     # Load
-    output_dir = Path(args.output_dir)
-    accelerator = run.make_accelerator(args, output_dir)
-    run.check_output_dir(output_dir, args.resume_from_checkpoint, accelerator)
+    run = setup.start(args, is_denoiser=False)  # refuses a folder that is taken
+    accelerator = run.accelerator
     data = open_crystal_data(args)
     fit = crystal_training.ReconstructionLoss(
         element=args.element_weight,
@@ -70,50 +65,31 @@ def main(args: argparse.Namespace) -> None:
     # Prepare
     size = CRYSTAL_VAE_SIZES[args.vae_size]
     autoencoder = CrystalVAE(**size._asdict(), latent_channels=args.latent_channels, max_atoms=args.max_atoms)
-    optimizer = optimization.make_optimizer(
-        autoencoder,
-        args.learning_rate,
-        (args.adam_beta1, args.adam_beta2),
-        args.adam_weight_decay,
-        args.adam_epsilon,
-        args.optimizer,
-    )
+    optimizer = setup.make_optimizer(args, autoencoder)
     autoencoder, optimizer = accelerator.prepare(autoencoder, optimizer)
     model = accelerator.unwrap_model(autoencoder)
-    ema = EMA(model, args.ema_decay) if args.use_ema else None
-    run_identity = run.identity_of(args, model, data.identity, accelerator)
-    saver = Checkpoints(
-        accelerator, output_dir, autoencoder, optimizer, ema, run_identity, args.checkpoints_total_limit
-    )
+    ema = setup.make_ema(args, model)  # None without --use_ema
+    identity = setup.identity_of(args, run, model, data.identity)
+    saver = Checkpoints(run, autoencoder, optimizer, ema, identity=identity, keep=args.checkpoints_total_limit)
     first_step = saver.resume(args.resume_from_checkpoint)
-    run.save_args(args, output_dir, accelerator)
+    setup.save_args(args, run)  # nothing was written until all was found to fit
     if args.torch_compile:
         autoencoder = torch.compile(autoencoder)
-    batches = iter(run.make_loader(CrystalStream(data.train, args.seed), args, accelerator, first_step))
-    run.announce(args, accelerator, model, len(data.train), first_step)
-    control = run.make_control(args, accelerator, output_dir, first_step)
-    step_log = StepLog(accelerator, control, run.samples_per_step(args, accelerator))
-    progress = tqdm(
-        total=args.max_train_steps, initial=first_step, unit="step", disable=not accelerator.is_main_process
-    )
+    batches = setup.make_batches(args, run, CrystalStream(data.train, args.seed), first_step)
+    setup.announce(args, run, model, len(data.train), first_step)
+    control = setup.make_control(args, run, first_step)  # takes SIGTERM and SIGINT from here on
+    schedule = setup.make_schedule(args)
+    step_log = StepLog(run, control, setup.samples_per_step(args, run))
 
     # Loop
     figures: dict[str, float] = {}
     autoencoder.train()
     for global_step in control.steps():
-        learning_rate = optimization.learning_rate_at(
-            global_step,
-            args.learning_rate,
-            args.lr_scheduler,
-            args.lr_warmup_steps,
-            args.max_train_steps,
-            control.time_share,
-        )
-        optimization.set_learning_rate(optimizer, learning_rate)
+        learning_rate = schedule.at(global_step, control.time_share)
+        set_learning_rate(optimizer, learning_rate)
         kl_weight = kl_weight_at(global_step, args.kl_weight, args.kl_warmup_steps)
         for _ in range(args.gradient_accumulation_steps):
-            batch = run.to_device(next(batches), accelerator.device)
-            draws = SampleDraws(args.seed, batch.pop("positions"), accelerator.device)
+            batch, draws = next(batches)  # draws: all random numbers that belong to these samples
             with accelerator.accumulate(autoencoder):
                 if args.random_translation:
                     batch["frac_coords"] = translated(batch["frac_coords"], draws)  # (B, N, 3)
@@ -126,35 +102,33 @@ def main(args: argparse.Namespace) -> None:
                 accelerator.backward(loss)
                 step_log.add(loss, **terms)
                 if accelerator.sync_gradients:
-                    grad_norm = optimization.clip_grad_norm_(accelerator, autoencoder.parameters(), args.max_grad_norm)
+                    grad_norm = clip_grad_norm_(accelerator, autoencoder.parameters(), args.max_grad_norm)
                     moved = control.may_step(step_log.step_loss, grad_norm)
                     if moved or accelerator.scaler is not None:  # the scaler of fp16 skips, and must know that it did
                         optimizer.step()
                     optimizer.zero_grad()
         if ema is not None and moved:
             ema.step(global_step)
-        progress.update()
+        step_log.step_done(moved)
 
         done = global_step + 1
-        step_log.step_done(moved, args.gradient_accumulation_steps)
-        if done % args.logging_steps == 0 or control.is_last:
-            progress.set_postfix(step_log.flush(learning_rate, done))
-        if done % args.checkpointing_steps == 0 or control.is_last:
-            saver.save(done)
-        if done % args.validation_steps == 0 or control.is_finished:
-            with training_ema.averaged_weights(accelerator, model, ema):
+        if control.is_due(args.logging_steps, or_stopped=True):
+            step_log.flush(learning_rate, done)
+        if control.is_due(args.validation_steps):
+            with averaged_weights(run, model, ema):
                 figures = reconstructions.run(model, done)
-    progress.close()
-    control.say_how_it_ended()
+        if control.is_due(args.checkpointing_steps, or_stopped=True):  # last: a resumed run repeats nothing
+            saver.save(done)
+    step_log.close()  # and says how the run ended
 
     # Export
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process and not control.interrupted:
-        with training_ema.averaged_weights(accelerator, model, ema):
+    run.accelerator.wait_for_everyone()
+    if run.is_main and not control.interrupted:
+        with averaged_weights(run, model, ema):
             figures = figures or reconstructions.run(model, first_step)  # of a run that had no step left
             statistics = crystal_training.measure_latents(model, data.train)
-            crystal_training.save_vae(model, statistics, figures, output_dir / "vae")
-    accelerator.end_training()
+            crystal_training.save_vae(model, statistics, figures, run.folder / "vae")
+    run.accelerator.end_training()
 
 
 if __name__ == "__main__":

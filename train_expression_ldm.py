@@ -11,7 +11,6 @@ load. With --joint_vae the autoencoder is trained on with its denoiser.
 """
 
 import argparse
-from pathlib import Path
 
 from utils.args import checks as arg_checks
 from utils.args import columns as condition_args
@@ -44,119 +43,69 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     import torch
-    from tqdm.auto import tqdm
 
-    from utils.diffusion.denoiser import draw_drops
-    from utils.draws import SampleDraws
-    from utils.expression import pipeline as expression_pipeline
-    from utils.expression import setup as expression_runs
+    from utils.diffusion.denoiser import JointDenoiser
+    from utils.expression import setup as expression
     from utils.expression.cache import encode_jointly
-    from utils.expression.vae.training import measure_latents
     from utils.expression.validation import CellSamples
     from utils.latents.cache import LatentStream
-    from utils.training import ema as training_ema
-    from utils.training import evaluator as evaluation
-    from utils.training import optimizers as optimization
     from utils.training import setup
-    from utils.training import setup as run
     from utils.training.checkpoints import Checkpoints
-    from utils.training.ema import EMA
+    from utils.training.ema import averaged_weights
     from utils.training.lora import identity_of
+    from utils.training.optimizers import clip_grad_norm_, set_learning_rate
     from utils.training.step_log import StepLog
 
     # Load
-    output_dir = Path(args.output_dir)
-    accelerator = run.make_accelerator(args, output_dir)
-    run.check_output_dir(output_dir, args.resume_from_checkpoint, accelerator)
-    cache = expression_runs.open_vector_cache(args)
-    objective, scheduler = setup.build_objective(args, accelerator.device)
-    denoiser = expression_runs.build_vector_denoiser(args, cache)
-    pipeline = expression_pipeline.make_pipeline(denoiser, cache, scheduler)
+    run = setup.start(args)  # refuses a folder that is taken
+    accelerator = run.accelerator
+    cache = expression.open_vector_cache(args)
+    objective, scheduler = setup.make_objective(args, run.device)
+    denoiser = expression.build_vector_denoiser(args, cache)
+    exporter = expression.make_exporter(args, cache, scheduler)
     if args.joint_vae:
-        denoiser = expression_runs.join(args, denoiser, pipeline.vae, cache)
-    held_out = setup.open_held_out(args, cache)
+        denoiser = JointDenoiser(denoiser, exporter.vae.requires_grad_(True))
+    held_out = setup.open_held_out(args, cache)  # None without --eval_steps
+    samples = CellSamples(run, exporter, cache, **expression.sample_settings(args))
     num_rows = cache.spec.num_rows - (args.num_validation_samples or 0)  # that are trained on
-    samples = CellSamples(
-        accelerator,
-        pipeline,
-        cache,
-        output_dir / "samples",
-        args.num_validation_cells,
-        args.validation_guidance_scale,
-        args.validation_inference_steps,
-    )
-
-    def write_model(folder: Path, weights, num_steps: int) -> None:
-        card = expression_pipeline.model_card(
-            cache.spec, num_rows, args.condition or [], num_steps, args.use_ema, args.pretrained_model_name_or_path
-        )
-        if args.joint_vae:
-            measure_latents(pipeline.vae, cache.cells, cache.batch_index)
-        expression_pipeline.export_run(folder, weights, pipeline, cache.spec, card)
 
     # Prepare
-    optimizer = optimization.make_optimizer(
-        denoiser,
-        args.learning_rate,
-        (args.adam_beta1, args.adam_beta2),
-        args.adam_weight_decay,
-        args.adam_epsilon,
-        args.optimizer,
-        {"vae.": {"lr_scale": args.vae_learning_rate / args.learning_rate}} if args.joint_vae else None,
-    )
+    own = {"vae.": {"lr_scale": args.vae_learning_rate / args.learning_rate}} if args.joint_vae else None
+    optimizer = setup.make_optimizer(args, denoiser, own)
     denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
     model = accelerator.unwrap_model(denoiser)
-    ema = EMA(model, args.ema_decay, args.ema_sigma_rels or ()) if args.use_ema else None
-    run_identity = run.identity_of(args, model, cache.identity(), accelerator) | identity_of(model.model)
-    run_identity |= {"conditions": sorted(args.condition or []), "joint_vae": args.joint_vae}
-    saver = Checkpoints(accelerator, output_dir, denoiser, optimizer, ema, run_identity, args.checkpoints_total_limit)
+    ema = setup.make_ema(args, model, args.ema_sigma_rels)  # None without --use_ema
+    identity = setup.identity_of(args, run, model, cache.identity(), **identity_of(model.model))
+    identity |= {"conditions": sorted(args.condition or []), "joint_vae": args.joint_vae}
+    saver = Checkpoints(run, denoiser, optimizer, ema, identity=identity, keep=args.checkpoints_total_limit)
     first_step = saver.resume(args.resume_from_checkpoint)
-    evaluator = None
-    if held_out is not None:
-        evaluator = evaluation.Evaluator(
-            accelerator,
-            output_dir,
-            held_out,
-            objective,
-            write_model,
-            first_step,
-            args.eval_batch_size,
-            "loss",
-            args.early_stopping_patience,
-            args.early_stopping_min_delta,
-        )
-    run.save_args(args, output_dir, accelerator)  # nothing was written until all was found to fit
-    if accelerator.is_main_process and not (args.joint_vae and first_step):  # whose autoencoder is not frozen
-        expression_pipeline.save_frozen_parts(output_dir, pipeline, cache.spec)
+    evaluator = setup.make_evaluator(
+        args,
+        run,
+        held_out=held_out,
+        objective=objective,
+        write_model=exporter.write,
+        first_step=first_step,
+    )
+    setup.save_args(args, run)  # nothing was written until all was found to fit
+    if run.is_main and not (args.joint_vae and first_step):  # of a joint run the autoencoder is not frozen
+        exporter.save_frozen(run.folder, model)
     if args.torch_compile:
         denoiser = torch.compile(denoiser)
-    stream = LatentStream(cache, args.seed, None if held_out is None else held_out.training_rows)
-    batches = iter(run.make_loader(stream, args, accelerator, first_step))
-    run.announce(args, accelerator, model, num_rows, first_step)
-    control = run.make_control(args, accelerator, output_dir, first_step)
-    if evaluator is not None:
-        control.end_early(evaluator.reason_to_end)  # which a run that went on may have reached already
-    step_log = StepLog(accelerator, control, run.samples_per_step(args, accelerator))
-    progress = tqdm(
-        total=args.max_train_steps, initial=first_step, unit="step", disable=not accelerator.is_main_process
-    )
+    stream = LatentStream(cache, args.seed, held_out and held_out.training_rows)
+    batches = setup.make_batches(args, run, stream, first_step)
+    setup.announce(args, run, model, num_rows, first_step)
+    control = setup.make_control(args, run, first_step, evaluator)  # takes SIGTERM and SIGINT from here on
+    schedule = setup.make_schedule(args)
+    step_log = StepLog(run, control, setup.samples_per_step(args, run))
 
     # Loop
     denoiser.train()
     for global_step in control.steps():
-        learning_rate = optimization.learning_rate_at(
-            global_step,
-            args.learning_rate,
-            args.lr_scheduler,
-            args.lr_warmup_steps,
-            args.max_train_steps,
-            control.time_share,
-        )
-        optimization.set_learning_rate(optimizer, learning_rate)
+        learning_rate = schedule.at(global_step, control.time_share)
+        set_learning_rate(optimizer, learning_rate)
         for _ in range(args.gradient_accumulation_steps):
-            batch = run.to_device(next(batches), accelerator.device)
-            draws = SampleDraws(args.seed, batch["positions"], accelerator.device)
-            draws.seed_dropout()
+            batch, draws = next(batches)  # draws: all random numbers that belong to these samples
             with accelerator.accumulate(denoiser):
                 if args.joint_vae:
                     latents, nll, kl = encode_jointly(denoiser, cache, batch, draws, args.joint_latents == "live")
@@ -165,49 +114,47 @@ def main(args: argparse.Namespace) -> None:
                 noise = objective.sample_noise(latents, draws)  # (B, D)
                 timesteps = objective.sample_timesteps(draws.uniform("timestep"))  # (B,)
                 noisy_latents = objective.add_noise(latents, objective.perturb(noise, draws), timesteps)
-                drop = draw_drops(draws, args.cond_drop_prob, list(cache.conditions))  # (B,) or (B, K)
+                drop = model.draw_drop(draws, args.cond_drop_prob)  # (B,), or (B, K) of K conditions
                 model_pred = denoiser(noisy_latents, timesteps, batch, drop)
                 target = objective.target(latents, noise, timesteps)
-                loss, terms = objective.loss(model_pred, target, timesteps), {}
+                loss, terms = objective.loss(model_pred, target, timesteps, batch.get("attention_mask")), {}
                 if args.joint_vae:  # one backward for both: the encoder's graph is there once
                     terms = {"diffusion_loss": loss, "nll": nll.mean(), "kl": kl.mean()}
-                    loss = loss + (terms["nll"] + args.kl_weight * terms["kl"]) / len(pipeline.genes)
+                    loss = loss + (terms["nll"] + args.kl_weight * terms["kl"]) / len(exporter.vae.config.genes)
                 accelerator.backward(loss)
                 step_log.add(loss, **terms)
                 if accelerator.sync_gradients:
-                    grad_norm = optimization.clip_grad_norm_(accelerator, denoiser.parameters(), args.max_grad_norm)
+                    grad_norm = clip_grad_norm_(accelerator, denoiser.parameters(), args.max_grad_norm)
                     moved = control.may_step(step_log.step_loss, grad_norm)
                     if moved or accelerator.scaler is not None:  # the scaler of fp16 skips, and must know that it did
                         optimizer.step()
                     optimizer.zero_grad()
         if ema is not None and moved:
             ema.step(global_step)
-        progress.update()
+        step_log.step_done(moved)
 
         done = global_step + 1
-        step_log.step_done(moved, args.gradient_accumulation_steps)
-        if evaluator is not None and (done % args.eval_steps == 0 or control.is_finished):
-            with training_ema.averaged_weights(accelerator, model, ema) as averaged:
+        if control.is_due(args.eval_steps):
+            with averaged_weights(run, model, ema) as averaged:
                 evaluator.evaluate(averaged, done)
             control.end_early(evaluator.reason_to_end)
-        if done % args.logging_steps == 0 or control.is_last:
-            progress.set_postfix(step_log.flush(learning_rate, done))
-        if ema is not None and (done % args.ema_snapshot_steps == 0 or control.is_finished):
-            ema.save_snapshots(accelerator, output_dir, done)  # before the checkpoint: a run goes on after that
-        if done % args.checkpointing_steps == 0 or control.is_last:
-            saver.save(done)
-        if done % args.validation_steps == 0 or control.is_finished:
-            with training_ema.averaged_weights(accelerator, model, ema) as averaged:
+        if control.is_due(args.logging_steps, or_stopped=True):
+            step_log.flush(learning_rate, done)
+        if ema is not None and control.is_due(args.ema_snapshot_steps):
+            ema.save_snapshots(run, done)  # before the checkpoint, from which a run resumes
+        if control.is_due(args.validation_steps):
+            with averaged_weights(run, model, ema) as averaged:
                 samples.save(averaged, done)
-    progress.close()
-    control.say_how_it_ended()
+        if control.is_due(args.checkpointing_steps, or_stopped=True):  # last: a resumed run repeats nothing
+            saver.save(done)
+    step_log.close()  # and says how the run ended
 
     # Export
-    accelerator.wait_for_everyone()
-    with training_ema.averaged_weights(accelerator, model, ema) as averaged:
-        if accelerator.is_main_process and not control.interrupted:
-            write_model(output_dir, averaged, control.steps_done)
-    accelerator.end_training()
+    run.accelerator.wait_for_everyone()
+    with averaged_weights(run, model, ema) as averaged:
+        if run.is_main and not control.interrupted:
+            exporter.write(run.folder, averaged, control.steps_done)
+    run.accelerator.end_training()
 
 
 if __name__ == "__main__":

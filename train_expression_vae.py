@@ -9,7 +9,6 @@ statistics of their latents: give OUTPUT_DIR to precompute_latents.py --modality
 """
 
 import argparse
-from pathlib import Path
 
 from utils.args import checks as arg_checks
 from utils.args import groups as shared
@@ -37,26 +36,22 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     import torch
-    from tqdm.auto import tqdm
 
-    from utils.draws import SampleDraws
     from utils.expression.codec import SPLIT_FILE, write_split
     from utils.expression.data.stream import CellStream
     from utils.expression.setup import open_cell_data
     from utils.expression.vae import training as expression_training
     from utils.expression.vae.network import ExpressionVAE
     from utils.latents.posterior import kl_weight_at
-    from utils.training import ema as training_ema
-    from utils.training import optimizers as optimization
-    from utils.training import setup as run
+    from utils.training import setup
     from utils.training.checkpoints import Checkpoints
-    from utils.training.ema import EMA
+    from utils.training.ema import averaged_weights
+    from utils.training.optimizers import clip_grad_norm_, set_learning_rate
     from utils.training.step_log import StepLog
 
     # Load
-    output_dir = Path(args.output_dir)
-    accelerator = run.make_accelerator(args, output_dir)
-    run.check_output_dir(output_dir, args.resume_from_checkpoint, accelerator)
+    run = setup.start(args, is_denoiser=False)  # refuses a folder that is taken
+    accelerator = run.accelerator
     data = open_cell_data(args, accelerator)
     batch_numbers = [data.batch_numbers(table, args.batch_column) for table in (data.train, data.validation)]
     num_genes = len(data.train.genes)
@@ -77,55 +72,34 @@ def main(args: argparse.Namespace) -> None:
     )
     expression_training.initialise(autoencoder, data.train)
     dispersion = {"lr_scale": args.dispersion_learning_rate / args.learning_rate, "weight_decay": 0.0}
-    optimizer = optimization.make_optimizer(
-        autoencoder,
-        args.learning_rate,
-        (args.adam_beta1, args.adam_beta2),
-        args.adam_weight_decay,
-        args.adam_epsilon,
-        args.optimizer,
-        {"log_theta": dispersion},
-    )
+    optimizer = setup.make_optimizer(args, autoencoder, own={"log_theta": dispersion})
     autoencoder, optimizer = accelerator.prepare(autoencoder, optimizer)
     model = accelerator.unwrap_model(autoencoder)
-    ema = EMA(model, args.ema_decay) if args.use_ema else None
-    run_identity = run.identity_of(args, model, data.identity, accelerator) | {"likelihood": args.likelihood}
-    saver = Checkpoints(
-        accelerator, output_dir, autoencoder, optimizer, ema, run_identity, args.checkpoints_total_limit
-    )
+    ema = setup.make_ema(args, model)  # None without --use_ema
+    identity = setup.identity_of(args, run, model, data.identity, likelihood=args.likelihood)
+    saver = Checkpoints(run, autoencoder, optimizer, ema, identity=identity, keep=args.checkpoints_total_limit)
     first_step = saver.resume(args.resume_from_checkpoint)
-    best = expression_training.BestWeights(output_dir, first_step)
-    run.save_args(args, output_dir, accelerator)
-    if accelerator.is_main_process:
-        write_split(output_dir, data.source, data.split)
+    best = expression_training.BestWeights(run.folder, first_step)
+    setup.save_args(args, run)  # nothing was written until all was found to fit
+    if run.is_main:
+        write_split(run.folder, data.source, data.split)
     if args.torch_compile:
         autoencoder = torch.compile(autoencoder)
     stream = CellStream(data.train, args.seed, batch_numbers[0])
-    batches = iter(run.make_loader(stream, args, accelerator, first_step))
-    run.announce(args, accelerator, model, len(data.train), first_step)
-    control = run.make_control(args, accelerator, output_dir, first_step)
-    step_log = StepLog(accelerator, control, run.samples_per_step(args, accelerator))
-    progress = tqdm(
-        total=args.max_train_steps, initial=first_step, unit="step", disable=not accelerator.is_main_process
-    )
+    batches = setup.make_batches(args, run, stream, first_step)
+    setup.announce(args, run, model, len(data.train), first_step)
+    control = setup.make_control(args, run, first_step)  # takes SIGTERM and SIGINT from here on
+    schedule = setup.make_schedule(args)
+    step_log = StepLog(run, control, setup.samples_per_step(args, run))
 
     # Loop
     autoencoder.train()
     for global_step in control.steps():
-        learning_rate = optimization.learning_rate_at(
-            global_step,
-            args.learning_rate,
-            args.lr_scheduler,
-            args.lr_warmup_steps,
-            args.max_train_steps,
-            control.time_share,
-        )
-        optimization.set_learning_rate(optimizer, learning_rate)
+        learning_rate = schedule.at(global_step, control.time_share)
+        set_learning_rate(optimizer, learning_rate)
         kl_weight = kl_weight_at(global_step, args.kl_weight, args.kl_warmup_steps)
         for _ in range(args.gradient_accumulation_steps):
-            batch = run.to_device(next(batches), accelerator.device)
-            draws = SampleDraws(args.seed, batch.pop("positions"), accelerator.device)
-            draws.seed_dropout()
+            batch, draws = next(batches)  # draws: all random numbers that belong to these samples
             with accelerator.accumulate(autoencoder):
                 noise = draws.normal("posterior", (len(batch["counts"]), args.latent_channels))  # (B, D)
                 parameters, posterior = autoencoder(batch, noise)
@@ -134,37 +108,35 @@ def main(args: argparse.Namespace) -> None:
                 accelerator.backward(loss)
                 step_log.add(loss, nll=nll, kl=kl)
                 if accelerator.sync_gradients:
-                    grad_norm = optimization.clip_grad_norm_(accelerator, autoencoder.parameters(), args.max_grad_norm)
+                    grad_norm = clip_grad_norm_(accelerator, autoencoder.parameters(), args.max_grad_norm)
                     moved = control.may_step(step_log.step_loss, grad_norm)
                     if moved or accelerator.scaler is not None:  # the scaler of fp16 skips, and must know that it did
                         optimizer.step()
                     optimizer.zero_grad()
         if ema is not None and moved:
             ema.step(global_step)
-        progress.update()
+        step_log.step_done(moved)
 
         done = global_step + 1
-        step_log.step_done(moved, args.gradient_accumulation_steps)
-        if done % args.logging_steps == 0 or control.is_last:
-            progress.set_postfix(step_log.flush(learning_rate, done))
-        if accelerator.is_main_process and (done % args.validation_steps == 0 or control.is_finished):
-            with training_ema.averaged_weights(accelerator, model, ema):
+        if control.is_due(args.logging_steps, or_stopped=True):
+            step_log.flush(learning_rate, done)
+        if run.is_main and control.is_due(args.validation_steps):
+            with averaged_weights(run, model, ema):
                 figures = held_out.measure(model, done)
                 if done > args.kl_warmup_steps:  # before, another bound was trained on
                     best.offer(model, figures, done)
-        if done % args.checkpointing_steps == 0 or control.is_last:
+        if control.is_due(args.checkpointing_steps, or_stopped=True):  # last: a resumed run repeats nothing
             saver.save(done)
-    progress.close()
-    control.say_how_it_ended()
+    step_log.close()  # and says how the run ended
 
     # Export
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process and not control.interrupted:
-        with training_ema.averaged_weights(accelerator, model, ema):
+    run.accelerator.wait_for_everyone()
+    if run.is_main and not control.interrupted:
+        with averaged_weights(run, model, ema):
             figures = best.restore(model) or held_out.measure(model, control.steps_done)
             statistics = expression_training.measure_latents(model, data.train, batch_numbers[0])
-            expression_training.save_vae(model, statistics, figures, output_dir / SPLIT_FILE, output_dir / "vae")
-    accelerator.end_training()
+            expression_training.save_vae(model, statistics, figures, run.folder / SPLIT_FILE, run.folder / "vae")
+    run.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ give OUTPUT_DIR to precompute_latents.py as --pretrained_vae_model_name_or_path.
 
 import argparse
 from functools import partial
-from pathlib import Path
 
 from utils.args import checks as arg_checks
 from utils.args import groups as shared
@@ -44,9 +43,7 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     import torch
-    from tqdm.auto import tqdm
 
-    from utils.draws import SampleDraws
     from utils.image import setup as training_data
     from utils.image.data.stream import to_pixels
     from utils.image.vae import training as vae_training
@@ -54,82 +51,69 @@ def main(args: argparse.Namespace) -> None:
     from utils.image.vae.losses import FitLoss, discriminator_losses, generator_loss, load_lpips
     from utils.image.vae.network import TrainableVAE, build_vae
     from utils.latents.posterior import kl_weight_at
-    from utils.training import ema as training_ema
-    from utils.training import optimizers as optimization
-    from utils.training import setup as run
+    from utils.training import optimizers, setup
     from utils.training.checkpoints import Checkpoints
-    from utils.training.ema import EMA
+    from utils.training.ema import averaged_weights
+    from utils.training.optimizers import clip_grad_norm_, set_learning_rate
     from utils.training.step_log import StepLog
 
     # Load
-    output_dir = Path(args.output_dir)
-    accelerator = run.make_accelerator(args, output_dir)
+    run = setup.start(args, is_denoiser=False)  # refuses a folder that is taken
+    accelerator = run.accelerator
     vae_args.check_precision(args, accelerator.mixed_precision)
-    run.check_output_dir(output_dir, args.resume_from_checkpoint, accelerator)
     data = training_data.open_images(args)
     lpips = load_lpips(args.lpips_net, args.lpips_weights, accelerator.device) if args.lpips_weight else None
     fit = FitLoss(args.reconstruction_loss, args.gradient_weight, args.lpips_weight, lpips)
     validation = vae_training.Validation(
-        accelerator, output_dir, data.validation, data.train, args.train_batch_size, args.eval_features
+        run,
+        held_out=data.validation,
+        training=data.train,
+        batch_size=args.train_batch_size,
+        eval_features=args.eval_features,
     )
 
     # Prepare
     autoencoder = TrainableVAE(build_vae(args.vae_size, args.resolution))
-    optimizer = optimization.make_optimizer(
-        autoencoder,
-        args.learning_rate,
-        (args.adam_beta1, args.adam_beta2),
-        args.adam_weight_decay,
-        args.adam_epsilon,
-        args.optimizer,
-    )
+    optimizer = setup.make_optimizer(args, autoencoder)
     autoencoder, optimizer = accelerator.prepare(autoencoder, optimizer)
     model = accelerator.unwrap_model(autoencoder)
     has_adversary = args.disc_start is not None
     if has_adversary:
         adversary = Adversary(build_discriminator(args.disc_num_layers, args.disc_channels, args.resolution))
-        disc_optimizer = optimization.make_optimizer(
-            adversary, args.learning_rate, ADAM_BETAS, args.adam_weight_decay, args.adam_epsilon
+        disc_optimizer = optimizers.make_optimizer(
+            adversary,
+            learning_rate=args.learning_rate,
+            betas=ADAM_BETAS,
+            weight_decay=args.adam_weight_decay,
+            epsilon=args.adam_epsilon,
         )
         adversary, disc_optimizer = accelerator.prepare(adversary, disc_optimizer)  # so checkpoints hold them too
         critic = accelerator.unwrap_model(adversary)
-    ema = EMA(model, args.ema_decay) if args.use_ema else None
-    run_identity = run.identity_of(args, model, data.identity, accelerator)
-    run_identity["discriminator"] = [args.disc_num_layers, args.disc_channels] if has_adversary else None
-    saver = Checkpoints(
-        accelerator, output_dir, autoencoder, optimizer, ema, run_identity, args.checkpoints_total_limit
-    )
+    ema = setup.make_ema(args, model)  # None without --use_ema
+    identity = setup.identity_of(args, run, model, data.identity)
+    identity["discriminator"] = [args.disc_num_layers, args.disc_channels] if has_adversary else None
+    saver = Checkpoints(run, autoencoder, optimizer, ema, identity=identity, keep=args.checkpoints_total_limit)
     first_step = saver.resume(args.resume_from_checkpoint)
-    run.save_args(args, output_dir, accelerator)
+    setup.save_args(args, run)  # nothing was written until all was found to fit
     if args.torch_compile:
         model.compile_parts()
-    batches = iter(run.make_loader(data.train, args, accelerator, first_step))
-    run.announce(args, accelerator, model, data.train.order.num_rows, first_step)
-    control = run.make_control(args, accelerator, output_dir, first_step)
-    step_log = StepLog(accelerator, control, run.samples_per_step(args, accelerator))
-    progress = tqdm(
-        total=args.max_train_steps, initial=first_step, unit="step", disable=not accelerator.is_main_process
-    )
+    batches = setup.make_batches(args, run, data.train, first_step)
+    setup.announce(args, run, model, data.train.order.num_rows, first_step)
+    control = setup.make_control(args, run, first_step)  # takes SIGTERM and SIGINT from here on
+    schedule = setup.make_schedule(args)
+    step_log = StepLog(run, control, setup.samples_per_step(args, run))
 
     # Loop
     autoencoder.train()
     for global_step in control.steps():
-        learning_rate = optimization.learning_rate_at(
-            global_step,
-            args.learning_rate,
-            args.lr_scheduler,
-            args.lr_warmup_steps,
-            args.max_train_steps,
-            control.time_share,
-        )
-        optimization.set_learning_rate(optimizer, learning_rate)
+        learning_rate = schedule.at(global_step, control.time_share)
+        set_learning_rate(optimizer, learning_rate)
         kl_weight = kl_weight_at(global_step, args.kl_weight, args.kl_warmup_steps)
         is_adversarial = has_adversary and global_step >= args.disc_start
         if is_adversarial:
-            optimization.set_learning_rate(disc_optimizer, learning_rate)
+            set_learning_rate(disc_optimizer, learning_rate)
         for _ in range(args.gradient_accumulation_steps):
-            batch = run.to_device(next(batches), accelerator.device)
-            draws = SampleDraws(args.seed, batch["positions"], accelerator.device)
+            batch, draws = next(batches)  # draws: all random numbers that belong to these samples
             with accelerator.accumulate(autoencoder, *([adversary] if is_adversarial else [])):
                 images = to_pixels(batch["images"])  # (B, 3, H, W) in [-1, 1]
                 noise = draws.normal("posterior", model.latent_shape(images))  # (B, C, h, w)
@@ -154,10 +138,10 @@ def main(args: argparse.Namespace) -> None:
                     terms |= {"disc_loss_real": real_loss, "disc_loss_fake": fake_loss}
                 step_log.add(loss, **terms)
                 if accelerator.sync_gradients:
-                    grad_norm = optimization.clip_grad_norm_(accelerator, autoencoder.parameters(), args.max_grad_norm)
+                    grad_norm = clip_grad_norm_(accelerator, autoencoder.parameters(), args.max_grad_norm)
                     to_be_finite = step_log.step_loss
                     if is_adversarial:
-                        to_be_finite = to_be_finite + optimization.clip_grad_norm_(
+                        to_be_finite = to_be_finite + clip_grad_norm_(
                             accelerator, adversary.parameters(), args.max_grad_norm
                         )
                     moved = control.may_step(to_be_finite, grad_norm)
@@ -172,29 +156,27 @@ def main(args: argparse.Namespace) -> None:
                         critic.gradients.clear()
         if ema is not None and moved:
             ema.step(global_step)
-        progress.update()
+        step_log.step_done(moved)
 
         done = global_step + 1
-        step_log.step_done(moved, args.gradient_accumulation_steps)
-        if done % args.logging_steps == 0 or control.is_last:
-            progress.set_postfix(step_log.flush(learning_rate, done))
-        if done % args.checkpointing_steps == 0 or control.is_last:
-            saver.save(done)
-        if done % args.validation_steps == 0 or control.is_finished:
-            with training_ema.averaged_weights(accelerator, model, ema):
+        if control.is_due(args.logging_steps, or_stopped=True):
+            step_log.flush(learning_rate, done)
+        if control.is_due(args.validation_steps):
+            with averaged_weights(run, model, ema):
                 validation.run(model, done)
-    progress.close()
-    control.say_how_it_ended()
+        if control.is_due(args.checkpointing_steps, or_stopped=True):  # last: a resumed run repeats nothing
+            saver.save(done)
+    step_log.close()  # and says how the run ended
 
     # Export
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process and not control.interrupted:
-        with training_ema.averaged_weights(accelerator, model, ema):
+    run.accelerator.wait_for_everyone()
+    if run.is_main and not control.interrupted:
+        with averaged_weights(run, model, ema):
             statistics = vae_training.measure_latents(
                 model.vae, data.train, args.num_statistics_samples, args.train_batch_size, accelerator.device
             )
-            vae_training.save_vae(model.vae, statistics, output_dir / "vae")
-    accelerator.end_training()
+            vae_training.save_vae(model.vae, statistics, run.folder / "vae")
+    run.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ from random_data import write_random_cache
 from torch.utils.data import DataLoader
 
 from utils.draws import PositionBatches, identity
-from utils.latents.cache import LatentCache, LatentStream
+from utils.image.cache import ImageCache
+from utils.latents.cache import LatentStream
 from utils.latents.spec import SPEC_FILE
 from utils.plan.arithmetic import readable
 
@@ -36,7 +37,7 @@ LATENT = (4, 32, 32)
 Gather = Callable[[np.ndarray], Any]
 
 
-def in_memory(cache: LatentCache) -> dict[str, Gather]:
+def in_memory(cache: ImageCache) -> dict[str, Gather]:
     """The same batches from tensors that hold the whole cache, by the two ways to index one."""
     columns = cache.gather(np.arange(len(cache)))
     ways = {
@@ -50,14 +51,14 @@ def in_memory(cache: LatentCache) -> dict[str, Gather]:
 
 
 def endless_batches(
-    cache: LatentCache, batch_size: int, prepare: Callable[[DataLoader], DataLoader] = identity
+    cache: ImageCache, batch_size: int, prepare: Callable[[DataLoader], DataLoader] = identity
 ) -> Iterator[dict[str, torch.Tensor]]:
     """What the trainers iterate; they do not `prepare` it, since each process has positions of its own already."""
     sampler = PositionBatches(batch_size, 1, 0, 0, 1)
     return iter(prepare(DataLoader(LatentStream(cache, seed=0), batch_sampler=sampler, collate_fn=identity)))
 
 
-def batch_rows(cache: LatentCache, args: Namespace) -> list[dict[str, Any]]:
+def batch_rows(cache: ImageCache, args: Namespace) -> list[dict[str, Any]]:
     """The first table."""
     loader = endless_batches(cache, args.batch_size)
     prepared = endless_batches(cache, args.batch_size, Accelerator(cpu=True).prepare)
@@ -97,7 +98,7 @@ def forget(folder: Path) -> None:
 
 def cold_milliseconds(folder: Path, args: Namespace) -> float:
     """The median of batches of rows that no one has read since the files were forgotten."""
-    cache = LatentCache(folder)
+    cache = ImageCache(folder)
     forget(folder)
     rows = np.random.default_rng(2).permutation(len(cache))
     batches = np.array_split(rows[: len(rows) // 4], max(1, len(rows) // 4 // args.batch_size))
@@ -113,7 +114,7 @@ def memory() -> dict[str, int]:
 
 def epoch(folder: Path, args: Namespace) -> dict[str, Any]:
     """An epoch of the loader's batches, in a process that may not grow."""
-    cache = LatentCache(folder)
+    cache = ImageCache(folder)
     loader = endless_batches(cache, args.batch_size)
     for _ in range(3):
         next(loader)
@@ -151,7 +152,7 @@ def main() -> None:
         if not (folder / SPEC_FILE).is_file():
             write_random_cache(folder, args.rows, LATENT)
         cold, grown = cold_milliseconds(folder, args), epoch(folder, args)
-        rows = batch_rows(LatentCache(folder), args)
+        rows = batch_rows(ImageCache(folder), args)
     rows.append({"from": "latent cache, cold", "median, ms": cold})
     report(args, rows, [grown])
 

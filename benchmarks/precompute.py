@@ -36,7 +36,7 @@ class Precompute:
         flags += ["--encode_batch_size", args.encode_batch_size, "--mixed_precision", args.mixed_precision]
         flags += ["--rows_per_shard", args.rows_per_shard, "--latents_dir", scratch]
         _, self.args = parsed("precompute_latents", flags)
-        self.accelerator = run.make_accelerator(self.args)
+        self.accelerator = run.make_accelerator(mixed_precision=self.args.mixed_precision, seed=self.args.seed)
         self.scratch = scratch
         self.seconds: list[float] = []  # of writing latents, for each cache that was made
 

@@ -25,7 +25,7 @@ from PIL import Image
 from random_data import save_text_encoder, save_vae, write_random_cache
 
 from utils.diffusion import sampling
-from utils.image import sampler as requests
+from utils.image import sampler
 from utils.image.pipeline import load_run
 
 Call = Callable[[], Any]
@@ -84,15 +84,16 @@ class Sampler:
         some = [{"prompt": f"the digit {i % 10}"} for i in range(self.args.num_images)]
         if type(pipeline.conditions).__name__ == "ClassCondition":
             some = [{"class_labels": i % 10} for i in range(self.args.num_images)]
-        settings = {"guidance_scale": self.args.guidance_scale, "num_inference_steps": self.steps}
-        made = requests.sample(pipeline, some, settings, 0, self.batch_size, self.precision)
-        return [image for batch in made for image in batch]
+        guidance = {"guidance_scale": self.args.guidance_scale, "guidance_interval": (0, 1), "guidance_rescale": 0}
+        flags = Namespace(num_inference_steps=self.steps, **guidance)
+        made = sampler.Sampler(flags, self.run_dir, pipeline, guide=None)
+        return [image for batch in made.sample(some, 0, self.batch_size, self.precision) for image in batch]
 
     def images_to_files(self) -> None:
         """As above, and the PNGs."""
         with tempfile.TemporaryDirectory() as folder:
             images = self.images()
-            requests.save_images(Path(folder), images, [{}] * len(images), {}, 0)
+            sampler.save_images(Path(folder), images, [{}] * len(images), {}, 0)
 
 
 def overhead(run_dir: Path, args: Namespace, model: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ sys.argv = sys.argv[1:]
 born = psutil.Process().create_time()
 import train_text_to_image_ldm as trainer
 args = trainer.parse_args()
-from utils.image import networks as build, pipeline as export, setup as training_data
+from utils.image import networks as build, pipeline, setup as image
 from utils.training import setup as run
 from utils.training.control import RunControl
 print("imports", time.time() - born)
@@ -44,10 +44,10 @@ def say_after(module, name, what):
         print(what, time.time() - born, flush=True)
         return result
     setattr(module, name, and_say)
-say_after(training_data, "open_cache", "cache opened")
-say_after(export, "load_frozen_parts", "frozen models loaded")
+say_after(image, "open_cache", "cache opened")
+say_after(image, "make_exporter", "frozen models loaded")
 say_after(build, "build_denoiser", "denoiser built")
-say_after(export, "save_frozen_parts", "frozen models saved")
+say_after(pipeline.Exporter, "save_frozen", "frozen models saved")
 say_after(run, "announce", "trackers started")
 say_after(RunControl, "may_step", "first gradient")
 steps = RunControl.steps

@@ -21,7 +21,7 @@ from common import benchmark_parser, median_ratio, report, run_trainer, seconds
 from random_data import STATES, save_text_encoder, save_vae, write_random_cache
 
 from utils.image import networks as build
-from utils.latents.cache import LatentCache
+from utils.image.cache import ImageCache
 
 # Model, latents, precision -> samples a step: about half a second on two cores.
 CASES = {
@@ -43,7 +43,7 @@ class Floor:
 
     def __init__(self, args: Namespace):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        cache = LatentCache(args.latents_dir)
+        cache = ImageCache(args.latents_dir)
         self.denoiser: Any = build.build_denoiser(args, cache, "text").to(self.device).train()
         self.optimizer = torch.optim.AdamW(self.denoiser.parameters(), lr=args.learning_rate, fused=True)
         if args.torch_compile:

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate import Accelerator
 from PIL import Image
 
 from tests.support.data import COLOURS
 from tests.support.models import DIT_CONFIG, GRID_FLAGS, TRAIN_FLAGS, UNET_CONFIG, cache_flags
-from tests.support.processes import run_script
+from tests.support.processes import run, run_script
+from utils.diffusion.objectives import OBJECTIVES, training_scheduler
+from utils.image.cache import ImageCache
 
 
 @pytest.fixture(scope="session")
@@ -140,4 +143,33 @@ def class_run(tmp_path_factory, cache, model_flags) -> Path:
     folder = tmp_path_factory.mktemp("class_run") / "run"
     flags = [*model_flags["dit"], *TRAIN_FLAGS, *GRID_FLAGS, "--prediction_type", "flow", "--validation_labels", 0, 2]
     run_script("train_class_cond_ldm.py", "--latents_dir", cache, "--output_dir", folder, *flags)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture(scope="session")
+def opened(cache):
+    return ImageCache(cache)
+
+
+@pytest.fixture(scope="session")
+def flow():
+    return OBJECTIVES["flow"](training_scheduler("flow"))
+
+
+@pytest.fixture(scope="session")
+def other_split(tmp_path_factory, tiny_vae, tiny_text_encoder):
+    """A cache made like `cache`, of other images."""
+    images = tmp_path_factory.mktemp("split")
+    lines, generator = [], np.random.default_rng(1)
+    for i in range(15):
+        Image.fromarray(generator.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(images / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": ["noise"], "label": i % 3}))
+    (images / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    folder = tmp_path_factory.mktemp("other") / "latents"
+    run("precompute_latents.py", *cache_flags(images, tiny_vae, tiny_text_encoder), "--latents_dir", folder)
     return folder

@@ -1,5 +1,6 @@
-"""The modalities: which there are, and which a run is of. Imports no torch."""
+"""The modalities: which there are, which a run is of, and what each can be asked for. Imports no torch."""
 
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from utils.args.modality import Modality, autoencoders_of
@@ -26,3 +27,24 @@ def check_modality(path: Path, wanted: str) -> None:
         raise UserError(
             f"--model: {path} is a run of {found.samples}; {advice}, or give a run of {MODALITIES[wanted].samples}"
         )
+
+
+def add_request_args(parser: ArgumentParser) -> None:
+    """What a run of any modality is asked for."""
+    for add_flags in dict.fromkeys(each for row in MODALITIES.values() for each in row.request_flags):
+        add_flags(parser)
+
+
+def check_request_args(args: Namespace) -> None:
+    """Raises UserError for request flags that are wrong whatever the run is."""
+    for row in MODALITIES.values():
+        if row.check_requests is not None:
+            row.check_requests(args)
+
+
+def refuse_other_requests(args: Namespace, run_dir: Path) -> None:
+    """Raises UserError for request flags that only runs of other modalities take."""
+    row = modality_of(run_dir)
+    names = set().union(*(each.request_names() for each in MODALITIES.values())) - row.request_names()
+    for name in sorted(names & args.given):
+        raise UserError(f"--{name}: {run_dir} makes {row.samples}; leave it out")

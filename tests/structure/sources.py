@@ -4,6 +4,7 @@ import ast
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
@@ -24,6 +25,7 @@ def sources(paths: list[Path]) -> dict[str, str]:
 UTILS = sources(sorted(ROOT.glob("utils/**/*.py")))
 PACKAGES = {module_name(path) for path in ROOT.glob("utils/**/__init__.py")}
 SCRIPT_SOURCES, TOOL_SOURCES = sources(SCRIPTS), sources(TOOLS)
+TESTS = sources(sorted(ROOT.glob("tests/*/**/*.py")))
 
 
 def imported_names(source: str, module: str, is_package: bool = False, only_on_import: bool = False) -> Iterator[str]:
@@ -60,6 +62,12 @@ def statements_on_import(tree: ast.AST) -> Iterator[ast.AST]:
             continue
         yield node
         yield from statements_on_import(node)
+
+
+def constant(source: str, name: str) -> Any:
+    """The value of a literal that stands at the top of a file."""
+    nodes = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    return next(ast.literal_eval(node.value) for node in nodes if ast.unparse(node.targets[0]) == name)
 
 
 def all_arguments(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:

@@ -5,6 +5,7 @@ Every check takes source text or a table of it and returns the faults it finds a
 """
 
 import ast
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -21,6 +22,7 @@ from tests.structure.sources import (
     assert_none,
     below_utils,
     check_each,
+    constant,
     import_graph,
     imported_names,
     matches,
@@ -42,16 +44,14 @@ TRUNK: dict[str, set[str]] = {
 ALLOWED = TRUNK | {name: set(TRUNK) for name in MODALITIES} | {"plan": {*TRUNK, "modalities", "image"}}
 ROW = "modality"  # the one file of a branch that the table of modalities imports
 # Files that may take the parsed arguments: run set-up, and whatever else is by its name about flags.
-TAKE_ARGS = {"args", "setup", "networks", "base", "precompute", "encoding", "sampler", "evaluate"}
+TAKE_ARGS = {"args", "modalities", "setup", "networks", "base", "precompute", "encoding", "sampler", "evaluate"}
 # Files that are imported before the arguments are parsed, or in processes that are started by the dozen.
 NO_TORCH = (
     *("errors", "files", "args/*", "*/args", "*/args/*", "*/modality", "modalities", "plan/args", "plan/arithmetic"),
     *("crystal/structure", "crystal/matching", "crystal/workers", "crystal/data/cif"),
 )
-TRAVELS = (  # with an exported run, which samples where this repository is not installed
-    *("diffusion/pipelines", "diffusion/conditions", "diffusion/guidance"),
-    *("models/dit", "models/attention", "image/pixel_codec"),
-)
+# With an exported run, which samples where this repository is not installed: file -> its name there.
+TRAVELS: dict[str, str] = constant(UTILS["utils.image.pipeline"], "TRAVELS")
 MAX_ENTRIES = 20
 HEAVY = {
     *("open_clip", "bitsandbytes", "xformers", "peft", "pymatgen", "spglib", "smact", "ase", "anndata", "scanpy"),
@@ -230,9 +230,25 @@ def test_files_that_scripts_import_first_reach_no_torch() -> None:
 
 
 def test_files_that_travel_import_only_what_travels() -> None:
-    travellers = {module: source for module, source in UTILS.items() if matches(module, TRAVELS)}
+    travellers = {module: source for module, source in UTILS.items() if below_utils(module) in TRAVELS}
     assert len(travellers) == len(TRAVELS)
     check_each(faults_of_travellers, travellers)
+
+
+def faults_of_names_on_the_way(travels: dict[str, str], utils: dict[str, str]) -> list[str]:
+    """A file that a sibling imports keeps its name in a run; no two files have one name there."""
+    faults = [f"two files travel as {name}" for name, count in Counter(travels.values()).items() if count > 1]
+    for file in travels:
+        for node in ast.walk(ast.parse(utils["utils." + file.replace("/", ".")])):
+            if isinstance(node, ast.ImportFrom) and node.level and node.module:
+                sibling = f"{file.rpartition('/')[0]}/{node.module}"
+                if travels.get(sibling) != f"{node.module}.py":
+                    faults.append(f"{file} imports .{node.module}, which travels as {travels.get(sibling)}")
+    return faults
+
+
+def test_files_that_travel_find_each_other() -> None:
+    assert_none(faults_of_names_on_the_way(TRAVELS, UTILS))
 
 
 def test_packages_say_nothing() -> None:
@@ -295,6 +311,12 @@ PLANTED: dict[str, Callable[[], list[str]]] = {
     "a file that travels imports a sibling that stays": lambda: travels("from .sampling import x"),
     "a file that travels imports a parent": lambda: travels("from ..models.dit import x"),
     "a file that travels imports another library": lambda: travels("def f():\n    import accelerate"),
+    "a file that travels under another name": lambda: faults_of_names_on_the_way(
+        {"a/b": "b.py", "a/c": "d.py"}, {"utils.a.b": "from .c import x", "utils.a.c": ""}
+    ),
+    "two files that travel under one name": lambda: faults_of_names_on_the_way(
+        {"a/b": "c.py", "a/c": "c.py"}, {"utils.a.b": "", "utils.a.c": ""}
+    ),
     "a folder too wide": lambda: faults_of_width({"utils/image": 21}),
 }
 

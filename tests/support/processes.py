@@ -17,8 +17,9 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,15 +62,25 @@ def _start_fork_server() -> None:
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that goes wrong in a process when it calls a function, "module:name", for the `count`-th time: the same
-    moment on every machine, however fast. With several processes it goes wrong in `rank` only."""
+    """Something that goes wrong in a process when it calls a function for the `count`-th time: the same moment on every
+    machine, however fast. With several processes it goes wrong in `rank` only. A function that a module has imported by
+    name is replaced for that module alone, which is named as `within`.
 
-    function: str
+    What travels to the process is the function's address, "module:name"."""
+
+    function: Callable[..., Any] | str
     count: int
     rank: int = 0
+    within: ModuleType | str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if callable(self.function):
+            module = self.within.__name__ if isinstance(self.within, ModuleType) else self.function.__module__
+            object.__setattr__(self, "function", f"{module}:{self.function.__qualname__}")
+            object.__setattr__(self, "within", module)
 
     def install(self) -> None:
-        module_name, _, name = self.function.partition(":")
+        module_name, _, name = str(self.function).partition(":")
         owner = importlib.import_module(module_name)
         *parents, name = name.split(".")
         for parent in parents:
@@ -131,7 +142,9 @@ class SeedsWrittenDown(Fault):
 def dropout_seeds(script: str, *flags: object, path: Path, rank: int = 0, **settings: Any) -> list[int]:
     """Runs a trainer; what dropout was seeded with in each micro-step of a process, in their order. It is looked at
     when noise is drawn, which is before the model is called."""
-    run(script, *flags, fault=SeedsWrittenDown("utils.draws:SampleDraws.normal", 0, rank, str(path)), **settings)
+    from utils.draws import SampleDraws
+
+    run(script, *flags, fault=SeedsWrittenDown(SampleDraws.normal, 0, rank, str(path)), **settings)
     return list(dict.fromkeys(int(line) for line in path.read_text().splitlines()))
 
 

@@ -124,8 +124,9 @@ def settings_of_run(path: Path) -> dict[str, Any]:
 
 
 def settle(args: Namespace, name: str, value: Any) -> None:
-    """Gives a flag the value that the run has from which this one starts; raises UserError where another is asked."""
-    if not hasattr(args, name):
+    """Gives a flag the value that the run has from which this one starts; raises UserError where another is asked.
+    A script of one kind of model has no flag for it, and nothing to settle."""
+    if name not in args:
         return
     if name in args.given and getattr(args, name) != value:
         raise UserError(

@@ -1,8 +1,8 @@
-"""Arguments of runs whose samples are no images: the model, its conditions, starting points. Imports no torch."""
+"""Arguments of runs on columns of their data set: the conditions, and what is asked for. Imports no torch."""
 
 from argparse import ArgumentParser, Namespace
 
-from utils.args.parsing import fraction
+from utils.args.parsing import fraction, positive_int
 from utils.errors import UserError
 
 
@@ -53,8 +53,14 @@ def parse_conditions(
     return dict(sorted(found.items()))
 
 
-def refuse_requests(args: Namespace, names: tuple[str, ...], reason: str) -> None:
-    """Raises UserError for flags of another kind of run."""
-    for name in names:
-        if name in args.given:
-            raise UserError(f"--{name}: {reason}; leave it out")
+def add_column_request_args(
+    parser: ArgumentParser,
+    num_samples: int | None = 16,
+    help_of_number: str = "Samples of each composition, chemical system or class.",
+) -> None:
+    """What a run on columns is asked for; `num_samples` is the default number."""
+    group = parser.add_argument_group("request of crystals or cells")
+    group.add_argument("--num_samples", type=positive_int, default=num_samples, help=help_of_number)
+    group.add_argument(
+        "--property", nargs="+", default=None, metavar="NAME=VALUE", help="Properties and classes: band_gap=1.5."
+    )

@@ -186,6 +186,11 @@ def required(args: Namespace, *names: str) -> None:
             raise UserError(f"--{name} is required: give it on the command line or in --config")
 
 
+def saved_arguments(args: Namespace) -> dict[str, Any]:
+    """The flags by name, as files record them: without where each of them was given."""
+    return {name: value for name, value in sorted(vars(args).items()) if name not in ("config", "given", "typed")}
+
+
 def refuse_together(args: Namespace, first: str, second: str, reason: str) -> None:
     """Raises UserError if both flags are set to something other than off."""
     if getattr(args, first) and getattr(args, second):

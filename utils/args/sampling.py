@@ -9,8 +9,8 @@ from utils.errors import UserError
 SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "unipc", "flow_euler", "flow_heun")
 
 
-def add_sampler_args(parser: ArgumentParser) -> None:
-    """How a run is sampled."""
+def add_sampler_args(parser: ArgumentParser, batch_size: int | None = 16) -> None:
+    """How a run is sampled. `batch_size` is the default; None where it depends on what the run makes."""
     group = parser.add_argument_group("sampler")
     group.add_argument(
         "--guidance_scale",
@@ -48,7 +48,10 @@ def add_sampler_args(parser: ArgumentParser) -> None:
     )
     group.add_argument("--seed", type=non_negative_int, default=0, help="Seed of the first sample.")
     group.add_argument(
-        "--batch_size", type=positive_int, default=16, help="Samples made at once. Default of cells: 1024."
+        "--batch_size",
+        type=positive_int,
+        default=batch_size,
+        help=f"Samples made at once. Default: {batch_size or '16, of cells 1024'}.",
     )
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Autocast.")
     group.add_argument("--device", default=None, help="cuda, cpu, ... Default: cuda where there is one.")
@@ -62,12 +65,6 @@ def add_speed_args(parser: ArgumentParser) -> None:
         action=BooleanOptionalAction,
         default=False,
         help="Compile the denoiser: the first batch takes a minute longer, the others less.",
-    )
-    group.add_argument(
-        "--fuse_qkv_projections",
-        action=BooleanOptionalAction,
-        default=False,
-        help="Of a U-Net: queries, keys and values by one product of matrices. Changes rounding only.",
     )
 
 

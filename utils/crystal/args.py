@@ -4,7 +4,7 @@ import os
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 
 from utils.args.columns import add_column_condition_args
-from utils.args.parsing import fraction, non_negative_float, non_negative_int, positive_int, refuse_together
+from utils.args.parsing import fraction, non_negative_float, non_negative_int, positive_int, refuse_together, required
 from utils.errors import UserError
 
 
@@ -105,6 +105,18 @@ def add_crystal_cache_args(parser: ArgumentParser) -> None:
     group.add_argument("--rows_per_shard", type=positive_int, default=8192, help="Crystals per shard.")
 
 
+def add_precompute_args(parser: ArgumentParser) -> None:
+    """All flags of a latent cache of crystals."""
+    add_crystal_data_args(parser)
+    add_crystal_cache_args(parser)
+
+
+def check_precompute_args(args: Namespace) -> None:
+    """Refuses a cache of nothing."""
+    required(args, "dataset_name", "pretrained_vae_model_name_or_path")
+    args.mixed_precision = "no"  # half precision would move atoms
+
+
 def check_learned_variance(args: Namespace) -> None:
     """Refuses a variance that the objective has not, or of which the bound would not be one."""
     if not args.learned_variance:
@@ -119,7 +131,7 @@ def check_crystal_data_args(args: Namespace) -> None:
     """Refuses a run without crystals, and two ways of keeping some out."""
     if args.dataset_name is None:
         raise UserError("--dataset_name is required: a folder of CIF files, a .parquet or .csv file, or a hub dataset")
-    if getattr(args, "validation_dataset_name", None) and "validation_split" in args.typed:
+    if args.validation_dataset_name and "validation_split" in args.typed:
         refuse_together(args, "validation_dataset_name", "validation_split", "both say what is kept out; use one")
 
 
@@ -162,19 +174,9 @@ def add_crystal_samples_args(parser: ArgumentParser) -> None:
     group.add_argument("--validation_inference_steps", type=positive_int, default=25, help="Steps of their sampler.")
 
 
-# Flags of sample.py that belong to one kind of run.
-OF_CRYSTALS = ("num_samples", "num_atoms", "composition", "clamp_composition", "chemical_system", "property")
-OF_IMAGES = (
-    *("prompt", "prompts_file", "negative_prompt", "class_labels", "num_images_per_prompt", "fuse_qkv_projections"),
-)
-
-
-def add_crystal_request_args(parser: ArgumentParser) -> None:
-    """What a crystal run is asked for."""
+def add_request_args(parser: ArgumentParser) -> None:
+    """What a run of crystals is asked for, beside --num_samples and --property."""
     group = parser.add_argument_group("request of crystals")
-    group.add_argument(
-        "--num_samples", type=positive_int, default=16, help="Crystals of each composition or chemical system."
-    )
     group.add_argument(
         "--num_atoms", type=positive_int, default=None, help="Of each. Default: drawn as in the training set."
     )
@@ -191,6 +193,3 @@ def add_crystal_request_args(parser: ArgumentParser) -> None:
         help="Also hand the atoms of --composition to the sites, the likeliest way: nothing else can come out.",
     )
     group.add_argument("--chemical_system", nargs="+", default=None, help="Sets of elements such as Li-Fe-O.")
-    group.add_argument(
-        "--property", nargs="+", default=None, metavar="NAME=VALUE", help="Properties and classes: band_gap=1.5."
-    )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from utils.crystal.structure import MAX_ATOMIC_NUMBER
-from utils.latents.cache import RowGatherer
+from utils.latents.cache import Draw, RowGatherer
 from utils.latents.columns import ColumnCache, describe_column
 
 CONDITION_KINDS = ("property", "composition", "chemical_system", "class")
@@ -24,11 +24,9 @@ class SetCache(ColumnCache):
         super().__init__(cache_dir, normalisation)
         self.atomic_numbers = RowGatherer(self.table, "atomic_numbers", self.spec.shape[:1])
 
-    def gather(
-        self, rows: np.ndarray, variant_draw: np.ndarray | None = None, caption_draw: np.ndarray | None = None
-    ) -> dict[str, Tensor]:
+    def gather(self, rows: np.ndarray, draw: Draw | None = None) -> dict[str, Tensor]:
         """A batch of rows (B,), as `LatentCache.gather`."""
-        batch = super().gather(rows, variant_draw, caption_draw)
+        batch = super().gather(rows, draw)
         atomic_numbers = self.atomic_numbers(rows)  # (B, N)
         batch["attention_mask"] = atomic_numbers > 0
         for name, settings in self.conditions.items():

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def digits(value: float) -> str:
 
 
 def save_crystals(
-    output_dir: Path, crystals: list[Crystal], requests: list[dict[str, Any]], settings: dict[str, Any], seed: int
+    output_dir: Path, crystals: list[Crystal], requests: Sequence[dict[str, Any]], settings: dict[str, Any], seed: int
 ) -> None:
     """00000.cif, 00001.cif, ...; samples.parquet, which a dataset can be read from again, with what was asked of each
     crystal in columns; samples.jsonl, which says how each was made. Crystal i has seed `seed` + i.

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,13 +16,14 @@ from utils.crystal.modality import CRYSTAL
 from utils.crystal.structure import Crystal
 from utils.crystal.vae.network import CrystalVAE
 from utils.diffusion.denoiser import ConditionalDenoiser
+from utils.diffusion.guidance import Guidance
 from utils.diffusion.sampling import sample_latents, sampling_scheduler
 from utils.errors import UserError
 from utils.files import read_json, write_json
 from utils.latents.spec import LatentSpec, Normalisation
-from utils.runs.load import check_guide, check_weights, load_parts
-from utils.runs.save import model_card as card_of
-from utils.runs.save import save_parts, save_weights
+from utils.runs import save
+from utils.runs.load import RunFolder, check_guide, check_weights, differences_of_parts
+from utils.runs.save import ModelCard
 
 
 @dataclass
@@ -95,21 +96,19 @@ class CrystalPipeline:
         self,
         num_atoms: Tensor,
         values: dict[str, Tensor],
-        num_inference_steps: int = 50,
-        guidance_scale: float = 1.0,
-        guidance_interval: Sequence[float] = (0.0, 1.0),
-        guidance_rescale: float = 0.0,
+        guidance: Guidance,
+        *,
         guide_model: ConditionalDenoiser | None = None,
         generator: list[torch.Generator] | None = None,
         progress_bar: Callable[[Tensor], Iterable[Tensor]] = iter,
     ) -> Tensor:
         """Normalised latents (B, N, D) of crystals with `num_atoms` (B,). `values` are those of some of the run's
-        conditions, (B, ...) by name; conditions that are not in it stay open. The rest is as `LatentDiffusionPipeline`
-        has it. Raises ValueError for guidance that would do nothing.
+        conditions, (B, ...) by name; conditions that are not in it stay open. The rest is as `sample_latents` has it.
+        Raises ValueError for guidance that would do nothing.
         """
         device, count = self.vae.device, len(num_atoms)
-        if self.learns_variance and (guidance_rescale or guide_model is not None):
-            what = "guide_model" if guidance_rescale == 0 else "guidance_rescale"
+        if self.learns_variance and (guidance.rescale or guide_model is not None):
+            what = "guide_model" if guidance.rescale == 0 else "guidance_rescale"
             raise ValueError(f"{what}: not for a run with a learned variance; leave it out")
         mask = torch.arange(self.max_atoms, device=device) < num_atoms.to(device)[:, None]  # (B, N)
         return sample_latents(
@@ -117,13 +116,10 @@ class CrystalPipeline:
             self.scheduler,
             (count, self.max_atoms, self.vae.config.latent_channels),
             values,
-            num_inference_steps,
-            guidance_scale,
-            guidance_interval,
-            guidance_rescale,
-            guide_model,
-            generator,
-            progress_bar,
+            guidance,
+            guide_model=guide_model,
+            generator=generator,
+            progress_bar=progress_bar,
             always={"attention_mask": mask},
             adapt=partial(self.with_variance, count=count),
         )
@@ -138,59 +134,58 @@ class CrystalPipeline:
 NUM_ITEMS_FILE = "num_items.json"
 
 
-def make_pipeline(
-    denoiser: ConditionalDenoiser, spec: LatentSpec, normalisation: Normalisation, scheduler: Any
-) -> CrystalPipeline:
-    """A pipeline around the live denoiser. Raises UserError if the VAE is no longer the one that made the cache."""
-    vae = load_crystal_vae(spec.vae, "--latents_dir")
-    check_weights(vae, spec.vae, spec.fingerprint["vae"]["sha256"])
-    num_items = {int(count): times for count, times in (spec.num_items or {}).items()}
-    return CrystalPipeline(denoiser, sampling_scheduler(scheduler), vae, normalisation, num_items)
+@dataclass
+class Exporter(save.Exporter):
+    """What a run of crystals uses and does not train, and how its folder is written. `num_items` is how many of its
+    training crystals have how many atoms.
+    """
+
+    num_items: dict[int, int]
+    pipeline_name: ClassVar[str] = "CrystalPipeline"
+
+    @classmethod
+    def of_cache(
+        cls, spec: LatentSpec, normalisation: Normalisation, scheduler: SchedulerMixin, card: ModelCard
+    ) -> "Exporter":
+        """With the autoencoder that made a cache. Raises UserError unless its weights still are those."""
+        vae = load_crystal_vae(spec.vae, "--latents_dir")
+        check_weights(vae, spec.vae, spec.fingerprint["vae"]["sha256"])
+        num_items = {int(count): times for count, times in (spec.num_items or {}).items()}
+        return cls(vae, normalisation, scheduler, card, num_items)
+
+    def pipeline(self, denoiser: ConditionalDenoiser) -> CrystalPipeline:
+        """A pipeline around the live denoiser, for validation."""
+        scheduler = sampling_scheduler(self.scheduler)
+        return CrystalPipeline(denoiser, scheduler, self.vae, self.normalisation, self.num_items)
+
+    def save_frozen(self, folder: Path, model: ConditionalDenoiser) -> None:
+        """Writes all that a checkpoint needs beside it to be sampled, the numbers of atoms too."""
+        super().save_frozen(folder, model)
+        write_json(folder / NUM_ITEMS_FILE, {str(count): times for count, times in self.num_items.items()})
 
 
-def save_frozen_parts(output_dir: Path, pipeline: CrystalPipeline) -> None:
-    """Writes all that a checkpoint needs beside it to be sampled."""
-    save_parts(output_dir, pipeline)
-    write_json(output_dir / NUM_ITEMS_FILE, {str(count): times for count, times in pipeline.num_items.items()})
-
-
-def export_run(output_dir: Path, denoiser: ConditionalDenoiser, pipeline: CrystalPipeline, card: str) -> None:
-    """Writes a run that is finished."""
-    save_frozen_parts(output_dir, pipeline)
-    save_weights(output_dir, denoiser, pipeline, card)
-
-
-def load_crystal_run(
+def load_run(
     path: str | Path, ema_sigma_rel: float | None = None, flag: str = "--model", lora_dir: str | None = None
 ) -> CrystalPipeline:
-    """The pipeline of a crystal run or checkpoint."""
-    loaded = load_parts(path, ema_sigma_rel, flag, lora_dir)
-    num_items = read_json(loaded.run_dir / NUM_ITEMS_FILE)
+    """The pipeline of a finished run, of a run that is not finished (its newest checkpoint), or of a checkpoint. The
+    rest is as `RunFolder.denoiser` has it. Raises UserError, which names the flag, for a folder that is no run.
+    """
+    run = RunFolder.find(path, flag)
     return CrystalPipeline(
-        loaded.denoiser,
-        loaded.scheduler,
-        load_crystal_vae(str(loaded.run_dir / "vae")),
-        loaded.normalisation,
-        {int(count): times for count, times in num_items.items()},
+        run.denoiser(ema_sigma_rel, lora_dir),
+        run.scheduler(),
+        load_crystal_vae(str(run.path / "vae")),
+        run.normalisation(),
+        {int(count): times for count, times in read_json(run.path / NUM_ITEMS_FILE).items()},
     )
 
 
-def load_crystal_guide(path: str, pipeline: CrystalPipeline) -> ConditionalDenoiser:
+def load_guide(path: str, pipeline: CrystalPipeline) -> ConditionalDenoiser:
     """The weaker run or checkpoint that guides `pipeline` (autoguidance), on the CPU, where `pipeline` still must be.
     Raises UserError for one that was trained on something else, and for the run itself.
     """
     if Path(path).is_dir() and not CRYSTAL.is_run(Path(path)):
         raise UserError(f"--guide_model: {path} is no run of crystals; give a weaker run on the same latents")
-    guide = load_crystal_run(path, flag="--guide_model")
-    return check_guide(path, pipeline, guide, {"another number of atoms": pipeline.max_atoms == guide.max_atoms})
-
-
-def model_card(
-    spec: LatentSpec, num_rows: int, conditions: list[str], num_steps: int, use_ema: bool, base: str | None
-) -> str:
-    """The README.md of a run."""
-    name = spec.fingerprint["dataset"]["name"]
-    what = f"{name} ({num_rows} crystals of up to {spec.shape[0]} atoms) for\n{num_steps} steps"
-    example = "python sample.py --model THIS_FOLDER --num_samples 16"
-    title = "A latent diffusion model of crystals"
-    return card_of(title, "crystals", what, conditions, base, spec.vae, use_ema, example)
+    guide = load_run(path, flag="--guide_model")
+    others = [] if pipeline.max_atoms == guide.max_atoms else ["another number of atoms"]
+    return check_guide(path, differences_of_parts(pipeline, guide, *others), pipeline.denoiser, guide.denoiser)

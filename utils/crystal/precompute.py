@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 DTYPE = "float32"  # latents of crystals are small, and half precision would move atoms
 
 
-def build_crystal_cache(args: Namespace, accelerator: Accelerator, cache_dir: Path) -> LatentSpec:
+def build_cache(args: Namespace, accelerator: Accelerator, cache_dir: Path) -> LatentSpec:
     """Makes the cache that `args` ask for, or finds it finished; the main process does it. Raises UserError for bad
     input and for a folder with another cache or something else in it.
     """
@@ -54,6 +54,11 @@ def build_crystal_cache(args: Namespace, accelerator: Accelerator, cache_dir: Pa
     return found_or_made(accelerator, cache_dir, fingerprint, args.rows_per_shard, write)
 
 
+def facts_of(spec: LatentSpec) -> list[str]:
+    """What a cache of crystals holds beside latents, for a reader."""
+    return [f"{spec.num_translations} translations of each"] if spec.num_translations > 1 else []
+
+
 def write_cache(
     args: Namespace, cache_dir: Path, vae: CrystalVAE, table: CrystalTable, fingerprint: dict[str, Any]
 ) -> None:
@@ -65,14 +70,10 @@ def write_cache(
         shape=(args.max_atoms, channels),
         dtype=DTYPE,
         content="moments",
-        flips=False,
         num_rows=len(table),
         num_skipped=len(table.skipped),
         normalisation={},  # measured on the way
-        captions=None,
-        labels=None,
         vae=args.pretrained_vae_model_name_or_path,
-        text_encoder=None,
         fingerprint=fingerprint,
         num_translations=args.num_translations,
         num_items={str(count): times for count, times in sorted(Counter(table.num_atoms.tolist()).items())},
@@ -93,7 +94,8 @@ def write_cache(
             moved = np.concatenate(parts, axis=1)  # (translations, rows, 2, N, D)
             columns |= dict(zip(spec.variants(), moved, strict=True))
             shards.write(index, columns, {})
-    finish_cache(cache_dir, shards, spec, table.skipped, Normalisation.of_vae(vae.config, channels), sums)
+    of_vae = Normalisation.of_vae(vae.config, channels)
+    finish_cache(cache_dir, shards, spec, skipped=table.skipped, of_vae=of_vae, sums=sums)
 
 
 def set_features(spec: LatentSpec) -> datasets.Features:

@@ -2,6 +2,7 @@
 and sampled.
 """
 
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,19 @@ import torch
 from torch import Tensor
 
 from utils.crystal.cache import elements_of
-from utils.crystal.pipeline import CrystalPipeline
+from utils.crystal.files import save_crystals
+from utils.crystal.matching import is_structurally_valid
+from utils.crystal.modality import CRYSTAL
+from utils.crystal.pictures import crystal_grid
+from utils.crystal.pipeline import CrystalPipeline, load_guide, load_run
 from utils.crystal.structure import Crystal, parse_chemical_system, parse_formula
 from utils.diffusion.denoiser import ConditionalDenoiser
+from utils.diffusion.guidance import Guidance
 from utils.diffusion.sampling import batches, image_generators
 from utils.errors import UserError
-from utils.runs import requests as column_requests
+from utils.runs import sampler as base
 from utils.runs.requests import column_values, not_a_condition, parse_assignments
+from utils.runs.sampler import Request
 
 FLAGS = {"composition": "--composition", "chemical_system": "--chemical_system"}
 
@@ -84,33 +91,6 @@ def atoms_of(counts: dict[int, int]) -> Tensor:
     return torch.tensor([[number for number, count in counts.items() for _ in range(count)]])
 
 
-def guidance_settings(
-    pipeline: CrystalPipeline,
-    requests: Sequence[dict[str, Any]],
-    guidance_scale: float | None,
-    guidance_interval: list[float],
-    guidance_rescale: float,
-    num_inference_steps: int,
-    with_guide: bool,
-) -> dict[str, Any]:
-    """Arguments of `CrystalPipeline.latents`, as `column_requests.guidance_settings` has them. Raises
-    UserError for guidance that contradicts itself or would do nothing."""
-    is_asked = any(name in pipeline.columns for request in requests for name in request)
-    settings = column_requests.guidance_settings(
-        pipeline.scheduler,
-        is_asked,
-        guidance_scale,
-        guidance_interval,
-        guidance_rescale,
-        num_inference_steps,
-        with_guide,
-    )
-    if pipeline.learns_variance and (with_guide or guidance_rescale):
-        flag = "--guide_model" if with_guide else "--guidance_rescale"
-        raise UserError(f"{flag}: not for a run with a learned variance; leave it out")
-    return settings
-
-
 def numbers_of_atoms(
     pipeline: CrystalPipeline, requests: Sequence[dict[str, Any]], num_atoms: int | None, seed: int
 ) -> np.ndarray:
@@ -145,27 +125,78 @@ def clamped_counts(requests: Sequence[dict[str, Any]], num_atoms: np.ndarray) ->
     return counts
 
 
-def sample_crystals(
-    pipeline: CrystalPipeline,
-    requests: Sequence[dict[str, Any]],
-    num_atoms: np.ndarray,
-    settings: dict[str, Any],
-    seed: int,
-    batch_size: int,
-    mixed_precision: str = "no",
-    clamp_composition: bool = False,
-    guide_model: ConditionalDenoiser | None = None,
-) -> Iterator[list[Crystal]]:
-    """Crystals for the requests, a batch at a time; number i has seed `seed` + i, and is the same whatever the batch.
-    What the run gives is given: a crystal that is not valid, or not finite, is one of the samples.
+class Sampler(base.Sampler):
+    """A run of crystals that is ready to be sampled. A request is a composition or a chemical system, with properties
+    and classes by their names; --num_atoms and --clamp_composition are for all alike.
     """
-    dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
-    counts = clamped_counts(requests, num_atoms) if clamp_composition else None
-    for first, batch in batches(requests, batch_size):
-        places = slice(first, first + len(batch))
-        sizes = torch.from_numpy(num_atoms[places])
-        values = condition_values(pipeline, batch)
-        generators = image_generators(seed, first, len(batch))
-        with torch.autocast(pipeline.vae.device.type, dtype=dtype, enabled=dtype is not None):
-            latents = pipeline.latents(sizes, values, generator=generators, guide_model=guide_model, **settings)
-        yield pipeline.decode(latents.float(), sizes, counts and counts[places])
+
+    modality = CRYSTAL
+    load_run = staticmethod(load_run)
+    load_guide = staticmethod(load_guide)
+
+    def __init__(self, args: Namespace, run_dir: Path, pipeline: Any, guide: ConditionalDenoiser | None):
+        super().__init__(args, run_dir, pipeline, guide)
+        self.num_atoms: int | None = args.num_atoms
+        self.clamp_composition: bool = args.clamp_composition
+
+    def requests(self, args: Namespace) -> list[dict[str, Any]]:
+        """--num_samples times each of --composition or --chemical_system, with --property."""
+        asked = requested_crystals(
+            self.pipeline,
+            self.run_dir,
+            compositions=args.composition or [],
+            chemical_systems=args.chemical_system or [],
+            assignments=args.property or [],
+            clamp_composition=args.clamp_composition,
+        )
+        self.guidance(asked)
+        requests = [each for each in asked for _ in range(args.num_samples)]
+        num_atoms = numbers_of_atoms(self.pipeline, requests, self.num_atoms, args.seed)
+        if self.clamp_composition:
+            clamped_counts(requests, num_atoms)
+        return requests
+
+    def can_guide(self, requests: Sequence[Request]) -> bool:
+        """Whether a request names a condition of the run: a clamped composition need not be one."""
+        return any(name in self.pipeline.columns for request in requests for name in request)
+
+    def guidance(self, requests: Sequence[Request]) -> Guidance:
+        """As any run is guided. Raises UserError for a learned variance, which a guide knows nothing of."""
+        guidance = super().guidance(requests)
+        if self.pipeline.learns_variance and (self.guide is not None or guidance.rescale):
+            flag = "--guide_model" if self.guide is not None else "--guidance_rescale"
+            raise UserError(f"{flag}: not for a run with a learned variance; leave it out")
+        return guidance
+
+    def sample(
+        self,
+        requests: Sequence[dict[str, Any]],
+        seed: int,
+        batch_size: int,
+        mixed_precision: str,
+        num_atoms: np.ndarray | None = None,
+    ) -> Iterator[list[Crystal]]:
+        """Crystals for the requests, a batch at a time; number i has seed `seed` + i, and is the same whatever the
+        batch. `num_atoms` (B,) are those of each, by default as --num_atoms says. What the run gives is given: a
+        crystal that is not valid, or not finite, is one of the samples.
+        """
+        if num_atoms is None:
+            num_atoms = numbers_of_atoms(self.pipeline, requests, self.num_atoms, seed)
+        counts = clamped_counts(requests, num_atoms) if self.clamp_composition else None
+        guidance = self.guidance(requests)
+        for first, batch in batches(requests, batch_size):
+            places = slice(first, first + len(batch))
+            sizes = torch.from_numpy(num_atoms[places])
+            values = condition_values(self.pipeline, batch)
+            generators = image_generators(seed, first, len(batch))
+            with self.autocast(mixed_precision):
+                latents = self.pipeline.latents(sizes, values, guidance, guide_model=self.guide, generator=generators)
+            yield self.pipeline.decode(latents.float(), sizes, counts and counts[places])
+
+    def save(self, folder: Path, samples: list[Crystal], requests: Sequence[dict[str, Any]], seed: int) -> str:
+        """Writes CIF files, samples.parquet, samples.jsonl and crystals.png."""
+        settings = self.settings(requests) | {"clamp_composition": self.clamp_composition}
+        save_crystals(folder, samples, requests, settings, seed)
+        crystal_grid(samples[:64]).save(folder / "crystals.png")
+        valid = sum(is_structurally_valid(crystal) for crystal in samples)
+        return f"{len(samples)} crystals ({valid} of valid structure) and crystals.png in {folder}"

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from diffusers import SchedulerMixin
 
 from utils.args.columns import parse_conditions
 from utils.crystal.cache import CONDITION_KINDS, OF_ATOMS, SetCache, describe_condition
 from utils.crystal.codec import load_crystal_vae
 from utils.crystal.data.table import CrystalTable, load_crystals
+from utils.crystal.pipeline import Exporter
 from utils.diffusion.denoiser import ConditionalDenoiser, own_config
 from utils.errors import UserError
 from utils.files import sha256_json
@@ -26,7 +28,8 @@ from utils.runs.base import (
     use_conditions_of,
     warn_of_missing,
 )
-from utils.runs.load import find_run, load_settings
+from utils.runs.load import RunFolder
+from utils.runs.save import ModelCard, column_settings
 
 logger = logging.getLogger(__name__)
 HELD_OUT_OF = 10  # one formula in so many, where the source says nothing
@@ -82,6 +85,31 @@ def open_set_cache(args: Namespace) -> SetCache:
     return cache
 
 
+def make_exporter(args: Namespace, cache: SetCache, scheduler: SchedulerMixin) -> Exporter:
+    """What writes the run's folder, with the autoencoder of a cache. Raises UserError if it has other weights now."""
+    spec = cache.spec
+    num_rows = spec.num_rows - (args.num_validation_samples or 0)
+    card = ModelCard(
+        title="A latent diffusion model of crystals",
+        data=f"{spec.fingerprint['dataset']['name']} ({num_rows} crystals of up to {spec.shape[0]} atoms)",
+        settings=column_settings(args.condition or [], spec.vae),
+        base=args.pretrained_model_name_or_path,
+        use_ema=args.use_ema,
+        example="python sample.py --model THIS_FOLDER --num_samples 16",
+        tags=("crystals",),
+    )
+    return Exporter.of_cache(spec, cache.normalisation, scheduler, card)
+
+
+def sample_settings(args: Namespace) -> dict[str, Any]:
+    """How crystals are sampled while training."""
+    return {
+        "num_crystals": args.num_validation_crystals,
+        "guidance_scale": args.validation_guidance_scale,
+        "num_inference_steps": args.validation_inference_steps,
+    }
+
+
 def build_set_denoiser(args: Namespace, cache: SetCache) -> ConditionalDenoiser:
     """A new DiT for the sets and the conditions of a cache, or the run of --pretrained_model_name_or_path."""
     max_atoms, channels = cache.spec.shape
@@ -116,10 +144,10 @@ def check_base(args: Namespace, base: ConditionalDenoiser, cache: SetCache) -> N
             "VAE of that run"
         )
     run_dir = Path(args.pretrained_model_name_or_path)
-    whole, _, _ = find_run(run_dir, flag)
-    if weights_hash(load_crystal_vae(str(whole / "vae"))) != cache.spec.fingerprint["vae"]["sha256"]:
+    run = RunFolder.find(run_dir, flag)
+    if weights_hash(load_crystal_vae(str(run.path / "vae"))) != cache.spec.fingerprint["vae"]["sha256"]:
         raise UserError(
-            f"{flag}: {run_dir} knows latents of another VAE; precompute --latents_dir with {whole / 'vae'}"
+            f"{flag}: {run_dir} knows latents of another VAE; precompute --latents_dir with {run.path / 'vae'}"
         )
-    take_normalisation(args, cache, load_settings(whole)[1])
+    take_normalisation(args, cache, run.normalisation())
     use_conditions_of(base, cache, str(run_dir))

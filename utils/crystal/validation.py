@@ -1,24 +1,22 @@
 """Crystals that are sampled on the way: a picture, and how many of them are valid."""
 
 import logging
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
 from torch import Tensor
 
 from utils.crystal.cache import SetCache
 from utils.crystal.matching import is_structurally_valid
 from utils.crystal.pictures import crystal_grid
-from utils.crystal.pipeline import CrystalPipeline
+from utils.crystal.pipeline import Exporter
 from utils.crystal.structure import formula_of
 from utils.diffusion.denoiser import ConditionalDenoiser
-from utils.diffusion.sampling import fault_of_steps, image_generators
+from utils.diffusion.guidance import Guidance
+from utils.diffusion.sampling import fault_of_steps, image_generators, sampling_scheduler
 from utils.errors import UserError
 from utils.training.held_out import in_fixed_order
 from utils.training.lora import merge_lora
+from utils.training.run import Run
 from utils.training.step_log import show_picture
 
 
@@ -30,19 +28,19 @@ class CrystalSamples:
 
     def __init__(
         self,
-        accelerator: Accelerator,
-        pipeline: CrystalPipeline,
+        run: Run,
+        exporter: Exporter,
         cache: SetCache,
-        folder: Path,
+        *,
         num_crystals: int,
         guidance_scale: float,
         num_inference_steps: int,
     ):
-        fault = fault_of_steps(pipeline.scheduler, num_inference_steps)
+        fault = fault_of_steps(sampling_scheduler(exporter.scheduler), num_inference_steps)
         if fault:
             raise UserError(f"--validation_inference_steps {num_inference_steps}: {fault}; use 20, 25 or 50")
-        self.accelerator, self.pipeline, self.folder = accelerator, pipeline, folder
-        self.settings: dict[str, Any] = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+        self.accelerator, self.exporter, self.folder = run.accelerator, exporter, run.folder / "samples"
+        self.guidance = Guidance(guidance_scale, num_inference_steps=num_inference_steps)
         rows = in_fixed_order(len(cache))[:num_crystals]
         batch = cache.gather(rows)
         self.num_atoms = batch["attention_mask"].sum(dim=1)  # (B,)
@@ -54,13 +52,12 @@ class CrystalSamples:
         """
         if not self.accelerator.is_main_process:
             return
-        pipeline = replace(self.pipeline, denoiser=merge_lora(model))
+        pipeline = self.exporter.pipeline(merge_lora(model))
         home, device = pipeline.vae.device, self.accelerator.device
         pipeline.vae.to(device)
         with self.accelerator.autocast():
-            latents = pipeline.latents(
-                self.num_atoms, self.values, generator=image_generators(0, 0, len(self.num_atoms)), **self.settings
-            )
+            generators = image_generators(0, 0, len(self.num_atoms))
+            latents = pipeline.latents(self.num_atoms, self.values, self.guidance, generator=generators)
         crystals = pipeline.decode(latents, self.num_atoms)
         pipeline.vae.to(home)
         valid = float(np.mean([is_structurally_valid(crystal) for crystal in crystals]))

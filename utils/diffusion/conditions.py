@@ -5,6 +5,7 @@ and a drop mask to it, and owns its null embedding, so that training and samplin
 "unconditional" means. This file is copied into exported runs: it imports torch and diffusers only.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,23 @@ class Conditioning(NamedTuple):
     encoder_attention_mask: Tensor | None = None  # (B, S)    True = attend
 
 
-class NoCondition(ModelMixin, ConfigMixin):
+class Condition(ModelMixin, ConfigMixin):
+    """What the encoders of `CONDITIONS` share: `forward(values, drop)` -> `Conditioning`, and how a pipeline of images
+    is asked for it.
+    """
+
+    argument: str | None = None  # of the pipeline's call, if one asks for this condition
+
+    def request_values(
+        self, asked: Any, num_images: int, encode_prompts: Callable[[list[str]], dict[str, Tensor]]
+    ) -> tuple[dict[str, Tensor], int]:
+        """The values that `forward` takes for what the pipeline's `argument` asks, `num_images` of each, and how many
+        these are. Raises ValueError where nothing is asked, or what is not known.
+        """
+        return {}, num_images
+
+
+class NoCondition(Condition):
     """The condition of an unconditional model: nothing, dropped or not."""
 
     @register_to_config
@@ -31,8 +48,10 @@ class NoCondition(ModelMixin, ConfigMixin):
         return Conditioning()
 
 
-class ClassCondition(ModelMixin, ConfigMixin):
+class ClassCondition(Condition):
     """Class labels (B,) in [0, num_classes) as learnt embeddings; the row after the last class is the null class."""
+
+    argument = "class_labels"
 
     @register_to_config
     def __init__(self, num_classes: int, embedding_dim: int, label_names: list[str] | None = None):
@@ -45,13 +64,26 @@ class ClassCondition(ModelMixin, ConfigMixin):
         labels = torch.where(drop, self.config.num_classes, values["class_labels"])
         return Conditioning(pooled_projections=self.embedding(labels))  # (B, D)
 
+    def request_values(
+        self, asked: Any, num_images: int, encode_prompts: Callable[[list[str]], dict[str, Tensor]]
+    ) -> tuple[dict[str, Tensor], int]:
+        """`asked`: one label or several, as numbers or a tensor."""
+        if asked is None:
+            raise ValueError("this run is class-conditional: give class_labels")
+        labels = torch.as_tensor(asked, device=self.device).flatten().repeat_interleave(num_images)
+        if labels.min() < 0 or labels.max() >= self.config.num_classes:
+            raise ValueError(f"class_labels must be in 0 to {self.config.num_classes - 1}")
+        return {"class_labels": labels}, len(labels)
 
-class TextCondition(ModelMixin, ConfigMixin):
+
+class TextCondition(Condition):
     """Text-encoder states (B, S, D), unmasked over all S tokens as Stable Diffusion trains them.
 
     The null is the state of the empty caption, as the latent cache holds it. With `use_pooled` the state of the
     caption's last real token (what CLIP pools) goes to the timestep embedding too.
     """
+
+    argument = "prompt"
 
     @register_to_config
     def __init__(self, hidden_size: int, sequence_length: int, use_pooled: bool = False):
@@ -73,6 +105,16 @@ class TextCondition(ModelMixin, ConfigMixin):
         if self.config.use_pooled:
             pooled = hidden_states[torch.arange(len(drop), device=drop.device), num_tokens - 1]  # (B, D)
         return Conditioning(pooled, hidden_states)
+
+    def request_values(
+        self, asked: Any, num_images: int, encode_prompts: Callable[[list[str]], dict[str, Tensor]]
+    ) -> tuple[dict[str, Tensor], int]:
+        """`asked`: one prompt or several."""
+        if asked is None:
+            raise ValueError("this run is text-conditional: give a prompt")
+        prompts = [asked] if isinstance(asked, str) else list(asked)
+        prompts = [text for text in prompts for _ in range(num_images)]
+        return encode_prompts(prompts), len(prompts)
 
 
 class ColumnCondition(ModelMixin, ConfigMixin):
@@ -154,7 +196,7 @@ COLUMN_CONDITIONS: dict[str, type[ColumnCondition]] = {
 }
 
 
-class ConditionSum(ModelMixin, ConfigMixin):
+class ConditionSum(Condition):
     """Several conditions at once: the sum of their embeddings, each of which can be dropped, or not given, by itself.
 
     `columns` names each with its kind (a row of `COLUMN_CONDITIONS`) and the arguments of that class:
@@ -183,7 +225,7 @@ class ConditionSum(ModelMixin, ConfigMixin):
         return Conditioning(pooled_projections=torch.stack(embeddings).sum(dim=0))
 
 
-CONDITIONS: dict[str, type[ModelMixin]] = {
+CONDITIONS: dict[str, type[Condition]] = {
     "none": NoCondition,
     "class": ClassCondition,
     "text": TextCondition,

@@ -1,6 +1,5 @@
 """The model that is trained: a denoiser and the encoder of its condition, as one module."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,6 +35,24 @@ class ConditionalDenoiser(nn.Module):
         super().__init__()
         self.model = model
         self.conditions = conditions
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The layers that FSDP divides one by one, by the names of their classes: those of the network that it has."""
+        present = {type(module).__name__ for module in self.model.modules()}
+        return [name for name in self.model._no_split_modules or () if name in present]
+
+    def draw_drop(self, draws: SampleDraws, prob: float) -> Tensor:
+        """Which samples are trained without their condition in this step, True = hidden: (B,). Of K conditions (B, K):
+        all at once with probability `prob`, and each by itself with the same, so that any part of them can be asked
+        for.
+        """
+        everything = draws.uniform("condition_drop") < prob  # (B,)
+        names = sorted(self.conditions.config.get("columns") or {})
+        if len(names) < 2:
+            return everything
+        each = [draws.uniform(f"condition_drop.{name}") < prob for name in names]
+        return torch.stack(each, dim=1) | everything[:, None]
 
     def draw_kept_tokens(self, draws: SampleDraws, tread_ratio: float) -> Tensor | None:
         """The tokens (B, K) of each sample that a DiT routes past no block in this step: all but a share of
@@ -81,14 +98,3 @@ class JointDenoiser(ConditionalDenoiser):
     def forward(self, *inputs, reconstruct: bool = False):
         """As `ConditionalDenoiser`; or, with `reconstruct`, as the autoencoder."""
         return self.vae(*inputs) if reconstruct else super().forward(*inputs)
-
-
-def draw_drops(draws: SampleDraws, prob: float, names: Sequence[str]) -> Tensor:
-    """Which conditions of which samples are hidden, (B, number of conditions): all at once with probability `prob`,
-    and each by itself with the same, so that any part of several can be asked for.
-    """
-    everything = draws.uniform("condition_drop") < prob  # (B,)
-    if len(names) < 2:
-        return everything
-    each = [draws.uniform(f"condition_drop.{name}") < prob for name in names]
-    return torch.stack(each, dim=1) | everything[:, None]

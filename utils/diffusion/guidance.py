@@ -9,11 +9,67 @@ imports torch only.
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # latents (B, ...), timesteps (B,) -> prediction (B, ...)
+
+
+class Guidance(NamedTuple):
+    """How samples are guided, and in how many steps of the sampler."""
+
+    scale: float = 1.0  # 1 is off
+    interval: Sequence[float] = (0.0, 1.0)  # shares of the training timesteps, 0 = clean, 1 = noise, where it is on
+    rescale: float = 0.0  # how far the guided prediction's std goes back to the unguided one's, 1 = all the way
+    num_inference_steps: int = 50
+
+    def arguments(self) -> dict[str, Any]:
+        """As `LatentDiffusionPipeline` takes it, and as it is written beside samples."""
+        names = ("guidance_scale", "guidance_interval", "guidance_rescale", "num_inference_steps")
+        return dict(zip(names, self, strict=True))
+
+    def check(self, with_guide: bool, with_negative_prompt: bool = False) -> None:
+        """Raises ValueError, which starts with the argument at fault, for guidance that contradicts itself or would do
+        nothing. The scale of an unconditional run without a guide is 1.
+        """
+        start, end = self.interval
+        if not 0 <= start < end <= 1:
+            raise ValueError(f"guidance_interval {start:g} {end:g}: START must be below END, both between 0 and 1")
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"guidance_rescale {self.rescale:g}: it must be between 0 and 1")
+        if with_guide and with_negative_prompt:
+            raise ValueError(
+                "guide_model with negative_prompt: a guide replaces the branch that the negative prompt would stand "
+                "in; leave one out"
+            )
+        needs_guidance = {
+            "guidance_interval": (start, end) != (0, 1),
+            "guidance_rescale": self.rescale != 0,
+            "guide_model": with_guide,
+            "negative_prompt": with_negative_prompt,
+        }
+        for name, is_set in needs_guidance.items():
+            if is_set and self.scale == 1:
+                raise ValueError(
+                    f"{name}: guidance is off (guidance_scale 1, or an unconditional run without guide_model), so "
+                    "this would do nothing; leave it out or turn guidance on"
+                )
+
+    def scales(self, timesteps: Tensor, num_train_timesteps: int) -> list[float]:
+        """The scale at each of the sampler's `timesteps` (S,): `scale` where timestep / num_train_timesteps lies in
+        the interval, and 1 elsewhere. Raises ValueError if it lies there at no step.
+        """
+        # The weight w(sigma) of arXiv 2404.07724, with the interval in shares of the training timesteps.
+        start, end = self.interval
+        inside = [start <= timestep / num_train_timesteps <= end for timestep in timesteps.tolist()]
+        if not any(inside):
+            raise ValueError(
+                f"guidance_interval {start:g} {end:g}: none of the sampler's {len(inside)} steps lies in it, so "
+                "guidance would never be on; widen it or take more num_inference_steps"
+            )
+        return [self.scale if each else 1.0 for each in inside]
 
 
 def extrapolate(prediction: Tensor, weaker: Tensor, guidance_scale: float) -> Tensor:
@@ -60,65 +116,11 @@ def guided_prediction(
     return rescale(guided, prediction, guidance_rescale) if guidance_rescale else guided
 
 
-def guidance_scales(
-    timesteps: Tensor, num_train_timesteps: int, guidance_scale: float, guidance_interval: Sequence[float]
-) -> list[float]:
-    """The scale at each of the sampler's `timesteps` (S,): `guidance_scale` where timestep / num_train_timesteps (0 =
-    clean, 1 = noise) lies in the interval, and 1 elsewhere. Raises ValueError if it lies there at no step.
-    """
-    # The weight w(sigma) of arXiv 2404.07724, with the interval in shares of the training timesteps.
-    start, end = guidance_interval
-    inside = [start <= timestep / num_train_timesteps <= end for timestep in timesteps.tolist()]
-    if not any(inside):
-        raise ValueError(
-            f"guidance_interval {start:g} {end:g}: none of the sampler's {len(inside)} steps lies in it, so guidance "
-            "would never be on; widen it or take more num_inference_steps"
-        )
-    return [guidance_scale if each else 1.0 for each in inside]
-
-
-def check_guidance(
-    guidance_scale: float,
-    guidance_interval: Sequence[float],
-    guidance_rescale: float,
-    with_guide: bool,
-    with_negative_prompt: bool,
-) -> None:
-    """Raises ValueError, which starts with the argument at fault, for guidance that contradicts itself or would do
-    nothing. The scale of an unconditional run without a guide is 1.
-    """
-    start, end = guidance_interval
-    if not 0 <= start < end <= 1:
-        raise ValueError(f"guidance_interval {start:g} {end:g}: START must be below END, both between 0 and 1")
-    if not 0 <= guidance_rescale <= 1:
-        raise ValueError(f"guidance_rescale {guidance_rescale:g}: it must be between 0 and 1")
-    if with_guide and with_negative_prompt:
-        raise ValueError(
-            "guide_model with negative_prompt: a guide replaces the branch that the negative prompt would stand in; "
-            "leave one out"
-        )
-    needs_guidance = {
-        "guidance_interval": (start, end) != (0, 1),
-        "guidance_rescale": guidance_rescale != 0,
-        "guide_model": with_guide,
-        "negative_prompt": with_negative_prompt,
-    }
-    for name, is_set in needs_guidance.items():
-        if is_set and guidance_scale == 1:
-            raise ValueError(
-                f"{name}: guidance is off (guidance_scale 1, or an unconditional run without guide_model), so this "
-                "would do nothing; leave it out or turn guidance on"
-            )
-
-
 def denoise(
     scheduler,
     predict: Predict,
     latents: Tensor,
-    num_inference_steps: int,
-    guidance_scale: float,
-    guidance_interval: Sequence[float],
-    guidance_rescale: float,
+    guidance: Guidance,
     predict_weaker: Predict | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
     progress_bar: Callable[[Tensor], Iterable[Tensor]] = iter,
@@ -126,15 +128,15 @@ def denoise(
     """All steps of a sampler, from noise (B, ...) to latents. `predict` and `predict_weaker` are those of
     `guided_prediction`. Raises ValueError for an interval of guidance in which no step lies.
     """
-    scheduler.set_timesteps(num_inference_steps, device=latents.device)
+    scheduler.set_timesteps(guidance.num_inference_steps, device=latents.device)
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": generator} if takes_generator else {}
     timesteps = scheduler.timesteps  # (S,)
-    scales = guidance_scales(timesteps, scheduler.config.num_train_timesteps, guidance_scale, guidance_interval)
+    scales = guidance.scales(timesteps, scheduler.config.num_train_timesteps)
     for timestep, scale in zip(progress_bar(timesteps), scales, strict=True):
         model_input = latents
         if hasattr(scheduler, "scale_model_input"):
             model_input = scheduler.scale_model_input(latents, timestep)
-        model_pred = guided_prediction(predict, model_input, timestep, scale, guidance_rescale, predict_weaker)
+        model_pred = guided_prediction(predict, model_input, timestep, scale, guidance.rescale, predict_weaker)
         latents = scheduler.step(model_pred, timestep, latents, return_dict=False, **extra)[0]
     return latents

@@ -15,8 +15,10 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .conditions import Conditioning, encode_text
-from .guidance import check_guidance, denoise
+from .conditions import CONDITIONS, Conditioning, encode_text
+from .guidance import Guidance, denoise
+
+ASKED_BY = {each.argument: name for name, each in CONDITIONS.items()}  # argument of a call -> the condition it is for
 
 
 class LatentDiffusionPipeline(DiffusionPipeline):
@@ -71,32 +73,19 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         A negative prompt stands in the place of the null; without one the null branch only repeats the values, for the
         drop mask to hide. Raises ValueError where the run was trained on another condition.
         """
-        kind = type(self.conditions).__name__
-        if kind != "TextCondition" and (prompt is not None or negative_prompt is not None):
-            raise ValueError(f"this run has no text condition ({kind}): it takes no prompt")
-        if class_labels is not None and kind != "ClassCondition":
-            raise ValueError(f"this run has no class condition ({kind}): it takes no class_labels")
-        if kind == "TextCondition":
-            if prompt is None:
-                raise ValueError("this run is text-conditional: give a prompt")
-            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-            prompts = [text for text in prompts for _ in range(num_images)]
-            values = self.encode_prompts(prompts)
-            if negative_prompt is None:
-                return {k: torch.cat([v, v]) for k, v in values.items()}, len(prompts)
-            negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+        taken = self.conditions.argument
+        asked = {"prompt": prompt, "class_labels": class_labels}
+        given = asked | {"prompt": negative_prompt if prompt is None else prompt}
+        for argument, value in given.items():
+            if value is not None and argument != taken:
+                found = type(self.conditions).__name__
+                raise ValueError(f"this run has no {ASKED_BY[argument]} condition ({found}): it takes no {argument}")
+        values, count = self.conditions.request_values(asked.get(taken), num_images, self.encode_prompts)
+        null_values = values
+        if negative_prompt is not None:
+            negatives = [negative_prompt] * count if isinstance(negative_prompt, str) else list(negative_prompt)
             null_values = self.encode_prompts(negatives)
-            return {k: torch.cat([v, null_values[k]]) for k, v in values.items()}, len(prompts)
-        if kind == "ClassCondition":
-            if class_labels is None:
-                raise ValueError("this run is class-conditional: give class_labels")
-            labels = (
-                torch.as_tensor(class_labels, device=self.conditions.device).flatten().repeat_interleave(num_images)
-            )
-            if labels.min() < 0 or labels.max() >= self.conditions.config.num_classes:
-                raise ValueError(f"class_labels must be in 0 to {self.conditions.config.num_classes - 1}")
-            return {"class_labels": torch.cat([labels, labels])}, len(labels)
-        return {}, num_images
+        return {name: torch.cat([value, null_values[name]]) for name, value in values.items()}, count
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """What the text encoder makes of prompts (B,); one that comes more than once is encoded once."""
@@ -154,9 +143,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         if not values and guide_model is None:
             guidance_scale = 1.0  # unconditional: there is nothing to guide towards
         with_negative_prompt = negative_prompt is not None
-        check_guidance(
-            guidance_scale, guidance_interval, guidance_rescale, guide_model is not None, with_negative_prompt
-        )
+        guidance = Guidance(guidance_scale, guidance_interval, guidance_rescale, num_inference_steps)
+        guidance.check(guide_model is not None, with_negative_prompt)
         config, device = self.denoiser.config, self._execution_device
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
@@ -174,13 +162,10 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             self.scheduler,
             partial(self.predict_from, self.conditions(values, drop)),  # which no step changes
             latents,
-            num_inference_steps,
-            guidance_scale,
-            guidance_interval,
-            guidance_rescale,
+            guidance,
             predict_weaker,
-            generator,
-            self.progress_bar,
+            generator=generator,
+            progress_bar=self.progress_bar,
         )
         if output_type == "latent":
             images = latents

@@ -18,7 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from utils.diffusion.denoiser import ConditionalDenoiser
-from utils.diffusion.guidance import check_guidance, denoise, guidance_scales
+from utils.diffusion.guidance import Guidance, denoise
 from utils.errors import UserError
 
 SAMPLERS: dict[str, type[SchedulerMixin]] = {
@@ -30,7 +30,7 @@ SAMPLERS: dict[str, type[SchedulerMixin]] = {
     "flow_heun": FlowMatchHeunDiscreteScheduler,
 }
 FLOW_SAMPLERS = ("flow_euler", "flow_heun")
-# 1% of the noise, as 30 steps of DDIM leave: it moves the mean by 0.03 standard deviations (tests/test_gaussian.py).
+# 1% of the noise, as 30 steps of DDIM leave: it moves the mean by 0.03 standard deviations (see test_gaussian.py).
 MAX_TIMESTEPS_LEFT = 10
 
 
@@ -119,13 +119,11 @@ def sample_latents(
     scheduler: SchedulerMixin,
     shape: tuple[int, ...],
     values: Mapping[str, Tensor],
-    num_inference_steps: int,
-    guidance_scale: float,
-    guidance_interval: Sequence[float],
-    guidance_rescale: float,
-    guide_model: ConditionalDenoiser | None,
-    generator: list[torch.Generator] | None,
-    progress_bar: Callable[[Tensor], Iterable[Tensor]],
+    guidance: Guidance,
+    *,
+    guide_model: ConditionalDenoiser | None = None,
+    generator: list[torch.Generator] | None = None,
+    progress_bar: Callable[[Tensor], Iterable[Tensor]] = iter,
     always: Mapping[str, Tensor] | None = None,
     adapt: Callable[[Tensor], Tensor] = lambda model_pred: model_pred,
 ) -> Tensor:
@@ -134,8 +132,8 @@ def sample_latents(
     the denoiser's output what the scheduler takes. Raises ValueError for guidance that would do nothing.
     """
     if not values and guide_model is None:
-        guidance_scale = 1.0
-    check_guidance(guidance_scale, guidance_interval, guidance_rescale, guide_model is not None, False)
+        guidance = guidance._replace(scale=1.0)
+    guidance.check(with_guide=guide_model is not None)
     device, count = next(denoiser.parameters()).device, shape[0]
     given = {name: value.to(device) for name, value in (dict(values) | dict(always or {})).items()}
     both = {name: torch.cat([value, value]) for name, value in given.items()}
@@ -151,38 +149,21 @@ def sample_latents(
         scheduler,
         predict,
         latents * getattr(scheduler, "init_noise_sigma", 1.0),
-        num_inference_steps,
-        guidance_scale,
-        guidance_interval,
-        guidance_rescale,
+        guidance,
         predict_weaker,
-        generator,
-        progress_bar,
+        generator=generator,
+        progress_bar=progress_bar,
     )
 
 
 def checked_guidance(
-    scheduler: SchedulerMixin,
-    guidance_scale: float,
-    guidance_interval: list[float],
-    guidance_rescale: float,
-    num_inference_steps: int,
-    with_guide: bool,
-    with_negative_prompt: bool,
-) -> dict[str, Any]:
-    """The arguments of a pipeline by their names. Raises UserError for guidance that contradicts itself or would do
-    nothing.
-    """
-    scheduler.set_timesteps(num_inference_steps)
-    timesteps, total = scheduler.timesteps, scheduler.config.num_train_timesteps
+    guidance: Guidance, scheduler: SchedulerMixin, *, with_guide: bool, with_negative_prompt: bool = False
+) -> Guidance:
+    """The same guidance. Raises UserError, which names the flag, where it contradicts itself or would do nothing."""
+    scheduler.set_timesteps(guidance.num_inference_steps)
     try:
-        check_guidance(guidance_scale, guidance_interval, guidance_rescale, with_guide, with_negative_prompt)
-        guidance_scales(timesteps, total, guidance_scale, guidance_interval)
+        guidance.check(with_guide, with_negative_prompt)
+        guidance.scales(scheduler.timesteps, scheduler.config.num_train_timesteps)
     except ValueError as error:
         raise UserError(f"--{error}") from error
-    return {
-        "guidance_scale": guidance_scale,
-        "guidance_interval": guidance_interval,
-        "guidance_rescale": guidance_rescale,
-        "num_inference_steps": num_inference_steps,
-    }
+    return guidance

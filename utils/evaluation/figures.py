@@ -6,9 +6,9 @@ and Wu 1989, "A general theory for jackknife variance estimation"). A bootstrap 
 duplicates narrow a covariance, put zeros into distances of neighbours and ones onto the diagonal of kernels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -109,7 +109,7 @@ def share_figure(hits: Tensor, note: str = "") -> Figure:
 
 
 def spearman(pairs: np.ndarray) -> float:
-    """Of pairs (n, 2); 0 where one of the two never changes."""
+    """Rank correlation of pairs (n, 2); 0 where one of the two never changes."""
     from scipy.stats import spearmanr
 
     if len(pairs) < 2 or (pairs == pairs[0]).all(axis=0).any():
@@ -117,45 +117,63 @@ def spearman(pairs: np.ndarray) -> float:
     return float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic)
 
 
+# ---- groups of figures
+
 LOWER, HIGHER, NEITHER = "lower", "higher", ""
 
 
-@dataclass
-class Group:
-    """Figures of the same features: they may stand in one table, those of others may not."""
+class Found(NamedTuple):
+    """Figures by name, and the reason why others could not be measured, by name."""
 
-    features: str
     figures: dict[str, Figure]
     not_measured: dict[str, str]
 
 
-Found = tuple[dict[str, Figure], dict[str, str]]  # figures, and what is not measured with the reason
+@dataclass
+class Group:
+    """Figures that stand in one table: of the same features, or of the same subject."""
+
+    features: str  # their title
+    figures: dict[str, Figure]
+    not_measured: dict[str, str]
+
+
+def missing(*names: str, why: str) -> Found:
+    """No figures, and the reason why those of these names could not be measured."""
+    return Found({}, dict.fromkeys(names, why))
 
 
 def attempt(names: Sequence[str], function: Callable[[], dict[str, Figure]]) -> Found:
-    """The figures of a function, or why they cannot be had."""
+    """The figures that a function measures; where it raises UserError, its message is the reason why those of these
+    names could not be measured.
+    """
     try:
-        return function(), {}
+        return Found(function(), {})
     except UserError as error:
-        return {}, dict.fromkeys(names, str(error))
+        return missing(*names, why=str(error))
 
 
 def merged(*parts: Found) -> Found:
-    """All of several."""
-    figures: dict[str, Figure] = {}
-    missing: dict[str, str] = {}
-    for its_figures, its_missing in parts:
-        figures |= its_figures
-        missing |= its_missing
-    return figures, missing
+    """Figures and reasons of several parts together; of one name the last part's."""
+    figures = {name: figure for part in parts for name, figure in part.figures.items()}
+    return Found(figures, {name: why for part in parts for name, why in part.not_measured.items()})
+
+
+def measured_groups(table: Mapping[str, Callable[..., Found]], *evidence: Any, with_reasons: bool) -> list[Group]:
+    """A group for each row of a table, title -> function of the evidence, that has figures; `with_reasons`, those that
+    have none too, and why.
+    """
+    found = {title: measure(*evidence) for title, measure in table.items()}
+    groups = [Group(title, each.figures, each.not_measured if with_reasons else {}) for title, each in found.items()]
+    return [group for group in groups if group.figures or group.not_measured]
 
 
 # ---- seeds
 
 
 def over_seeds(trials: Sequence[list[Group]]) -> list[Group]:
-    """The mean of each figure over seeds, with the lowest and the highest of them in place of the interval; as they
-    are of a single seed. What cannot be had of each seed is not measured.
+    """The mean of each figure over seeds, with the lowest and the highest of them in place of the interval; a single
+    seed's figures as they are. A figure that some seed is without is not measured.
     """
     if len(trials) == 1:
         return trials[0]
@@ -165,8 +183,8 @@ def over_seeds(trials: Sequence[list[Group]]) -> list[Group]:
         names = dict.fromkeys(name for group in of_title for name in group.figures)
         lists = {name: [group.figures[name] for group in of_title if name in group.figures] for name in names}
         figures = {name: mean_of(each) for name, each in lists.items() if len(each) == len(trials)}
-        missing = {name: why for group in of_title for name, why in group.not_measured.items() if name not in figures}
-        found.append(Group(title, figures, missing))
+        reasons = {name: why for group in of_title for name, why in group.not_measured.items() if name not in figures}
+        found.append(Group(title, figures, reasons))
     return found
 
 

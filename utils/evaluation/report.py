@@ -1,16 +1,16 @@
-"""The report of an evaluation: a table for the terminal, and one HTML file that needs nothing beside it."""
+"""The report of an evaluation: tables for the terminal, and one HTML file that needs nothing beside it."""
 
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from utils.evaluation.figures import Figure
+from utils.evaluation.figures import Figure, Group
 from utils.files import write_json, write_text
 
 CSS = """
@@ -26,48 +26,175 @@ BRACKETS = "Brackets hold 95 % intervals over the draw of the samples; the refer
 
 @dataclass
 class Point:
-    """What was measured of one set of samples."""
+    """What was measured on one set of samples."""
 
     name: str  # of the point in a sweep; empty without one
-    groups: list[Any]  # of eval_figures: features, figures, not_measured
+    groups: list[Group]
     pictures: list[tuple[str, Image.Image]] = field(default_factory=list)  # caption and picture
+    details: list[Group] = field(default_factory=list)  # groups that are too many for the terminal
 
-
-def write(
-    output_dir: Path,
-    facts: dict[str, str],
-    notes: list[str],
-    points: list[Point],
-    titles: dict[str, tuple[str, str]],
-    sweep: str | None,
-    arguments: dict[str, Any],
-    heading: str = IN_FEATURES,
-    remark: str = NO_COMPARISON,
-    brackets: str = BRACKETS,
-) -> None:
-    """`metrics.json` and `report.html`. `facts` are what was compared; `sweep` the name of what the points differ
-    in; `heading` stands above each group, `remark` and what `brackets` hold above all of them."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    measured = [
-        {
-            "point": point.name,
-            "groups": [
-                {
-                    "features": group.features,
-                    "figures": {name: asdict(figure) for name, figure in group.figures.items()},
-                    "not_measured": group.not_measured,
-                }
-                for group in point.groups
-            ],
+    def figures_in(self, features: str) -> dict[str, Figure]:
+        """The figures of all groups of these features, by name."""
+        return {
+            name: f for group in self.all_groups() if group.features == features for name, f in group.figures.items()
         }
-        for point in points
-    ]
-    values = {"compared": facts, "notes": notes, "sweep": sweep, "points": measured, "arguments": arguments}
-    write_json(output_dir / "metrics.json", values)
-    write_text(
-        output_dir / "report.html",
-        html_report("Evaluation", facts, notes, points, titles, sweep, heading, remark, brackets),
-    )
+
+    def all_groups(self) -> list[Group]:
+        """The groups, those for the files alone among them."""
+        return self.groups + self.details
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What an evaluation found: `write` leaves it in files, `text` is for the terminal."""
+
+    facts: dict[str, str]  # what was compared
+    points: list[Point]
+    titles: dict[str, tuple[str, str]]  # of each figure, and which way is better
+    notes: list[str]
+    sweep: str | None  # name of the flag in which the points differ
+    arguments: dict[str, Any]
+    heading: str = IN_FEATURES  # above each group
+    remark: str = NO_COMPARISON  # above all groups
+    brackets: str = BRACKETS  # what the brackets behind a figure hold
+
+    def write(self, folder: Path) -> None:
+        """Writes `metrics.json` and `report.html`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        points = [
+            {"point": each.name, "groups": [asdict(group) for group in each.all_groups()]} for each in self.points
+        ]
+        values = {"compared": self.facts, "notes": self.notes, "sweep": self.sweep}
+        write_json(folder / "metrics.json", values | {"points": points, "arguments": self.arguments})
+        write_text(folder / "report.html", self.html())
+
+    def title_of(self, name: str) -> str:
+        """What a figure is called in tables, and which way is better."""
+        title, better = self.titles[name]
+        return f"{title} ({better} is better)" if better else title
+
+    def reason(self, name: str, why: str) -> str:
+        """Why a figure was not measured, as a sentence."""
+        return f"{self.titles[name][0] if name in self.titles else name}: not measured, {why}"
+
+    # ---- terminal
+
+    def text(self) -> str:
+        """The tables, what their brackets hold, and the notes. Figures of different features never share a table;
+        other points stand side by side.
+        """
+        tables = self.tables_of_features() if self.heading == IN_FEATURES else self.side_by_side()
+        return "\n".join([*tables, "", self.brackets, *self.notes])
+
+    def tables_of_features(self) -> list[str]:
+        """Lines of a table for each point and each kind of features."""
+        lines = []
+        for point in self.points:
+            for group in point.groups:
+                lines += ["", f"{point.name + ': ' if point.name else ''}in the features of {group.features}"]
+                rows = [
+                    [
+                        self.title_of(name),
+                        digits(figure.value),
+                        interval_of(figure),
+                        f"n = {figure.num_samples}",
+                        figure.interval + (f"; {figure.note}" if figure.note else ""),
+                    ]
+                    for name, figure in group.figures.items()
+                ]
+                lines += [f"  {line}" for line in aligned(rows)]
+                lines += [f"  {self.reason(name, why)}" for name, why in group.not_measured.items()]
+        return lines
+
+    def side_by_side(self) -> list[str]:
+        """Lines of one table with a row for each figure and a column for each point, and why the rest is not measured.
+        A figure on fewer samples than the others of its column says how many.
+        """
+        groups = [group for point in self.points for group in point.groups]
+        counts = [
+            max((f.num_samples for group in point.groups for f in group.figures.values()), default=0)
+            for point in self.points
+        ]
+        rows = [["", *(point.name for point in self.points)], ["", *(f"n = {count}" for count in counts)]]
+        reasons = []
+        for features in unique(group.features for group in groups):
+            figures = [point.figures_in(features) for point in self.points]
+            rows += [[features, *("" for _ in self.points)]] if any(figures) else []
+            for name in unique(name for each in figures for name in each):
+                cells = [plain_cell(each.get(name), count) for each, count in zip(figures, counts, strict=True)]
+                rows.append(["  " + self.title_of(name), *cells])
+            of_these = [group for group in groups if group.features == features]
+            reasons += [self.reason(name, why) for group in of_these for name, why in group.not_measured.items()]
+        return ["", *aligned(rows), "", *unique(reasons)]
+
+    # ---- HTML
+
+    def html(self) -> str:
+        """The whole file."""
+        parts = ["<h1>Evaluation</h1>", html_table([("", ""), *self.facts.items()])]
+        if self.notes:
+            parts += ["<ul>", *(f"<li>{html.escape(note)}</li>" for note in self.notes), "</ul>"]
+        parts.append(f"<p><small>{html.escape(self.brackets)} {html.escape(self.remark)}</small></p>")
+        kinds = unique(group.features for point in self.points for group in point.all_groups())
+        for features in kinds:
+            parts += [f"<h2>{html.escape(self.heading.format(features))}</h2>", self.features_table(features)]
+        for features in kinds if self.sweep else []:
+            parts += self.sweep_charts(features)
+        for point in self.points:
+            for caption, picture in point.pictures:
+                title = f"{point.name}: {caption}" if point.name else caption
+                parts += [f"<h2>{html.escape(title)}</h2>", inline_image(picture, title)]
+        head = f"<meta charset='utf-8'><title>Evaluation</title><style>{CSS}</style>"
+        body = "\n".join(parts)
+        return f"<!doctype html>\n<html lang='en'><head>{head}</head>\n<body>\n{body}\n</body></html>\n"
+
+    def features_table(self, features: str) -> str:
+        """A row for each figure in these features, a column for each point that has some."""
+        with_some = [point for point in self.points if any(g.features == features for g in point.all_groups())]
+        by_point = [point.figures_in(features) for point in with_some]
+        rows = [["", *(html.escape(point.name) for point in with_some)]]
+        for name in unique(name for figures in by_point for name in figures):
+            cells = [html_cell(figures[name]) if name in figures else "" for figures in by_point]
+            rows.append([html.escape(self.title_of(name)), *cells])
+        groups = [group for point in with_some for group in point.all_groups() if group.features == features]
+        reasons = {name: why for group in groups for name, why in group.not_measured.items()}
+        left_out = "".join(f"<li>{html.escape(self.reason(name, why))}</li>" for name, why in reasons.items())
+        return html_table(rows, escape=False) + (f"<ul>{left_out}</ul>" if left_out else "")
+
+    def sweep_charts(self, features: str) -> list[str]:
+        """FID, or KID, in these features over accuracy or CLIP score, whichever was measured, and over the swept
+        value.
+        """
+        distance = next((name for name in ("fid", "kid", "cmmd") if self.series(name, features)), None)
+        if distance is None:
+            return []
+        parts, ys, y_title = [], self.series(distance, features), self.titles[distance][0]
+        labels = [point.name.split()[-1] for point in self.points]
+        for other in ("accuracy", "clip_score"):
+            if xs := self.series(other, None):
+                x_title = self.titles[other][0]
+                parts += [f"<h2>{y_title} against {x_title}</h2>", chart(xs, ys, x_title, y_title, labels)]
+                parts.append(f"<p><small>{html.escape(features)}; each dot a {self.sweep}</small></p>")
+        xs = [Figure(value, value, value, 0, "") for value in map(float, labels)]
+        parts += [f"<h2>{y_title} over {self.sweep}</h2>", chart(xs, ys, str(self.sweep), y_title, labels)]
+        return [*parts, f"<p><small>{html.escape(features)}</small></p>"]
+
+    def series(self, name: str, features: str | None) -> list[Figure]:
+        """A figure at every point, in these features or the first that have it; empty if a point is without it."""
+        groups = [group for point in self.points for group in point.groups if name in group.figures]
+        features = features or (groups[0].features if groups else None)
+        found = [group.figures[name] for group in groups if group.features == features]
+        return found if len(found) == len(self.points) else []
+
+
+def unique(values: Iterable[str]) -> list[str]:
+    """Each value once, in the order of its first appearance."""
+    return list(dict.fromkeys(values))
+
+
+def described(settings: Mapping[str, Any], without: Collection[str] = ()) -> str:
+    """Settings in one line, those that a sweep sets left out."""
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if name not in without)
 
 
 # ---- terminal
@@ -79,57 +206,14 @@ def digits(value: float) -> str:
 
 
 def interval_of(figure: Figure) -> str:
+    """The interval of a figure in brackets."""
     return f"[{digits(figure.low)}, {digits(figure.high)}]"
 
 
-def title_of(name: str, titles: dict[str, tuple[str, str]]) -> str:
-    title, better = titles[name]
-    return f"{title} ({better} is better)" if better else title
-
-
-def terminal_tables(points: list[Point], titles: dict[str, tuple[str, str]]) -> str:
-    """One table for each point and each kind of features: figures of different features never share one."""
-    lines = []
-    for point in points:
-        for group in point.groups:
-            lines += ["", f"{point.name + ': ' if point.name else ''}in the features of {group.features}"]
-            rows = [
-                (
-                    title_of(name, titles),
-                    digits(figure.value),
-                    interval_of(figure),
-                    f"n = {figure.num_samples}",
-                    figure.interval + (f"; {figure.note}" if figure.note else ""),
-                )
-                for name, figure in group.figures.items()
-            ]
-            widths = [max(len(row[i]) for row in rows) for i in range(5)] if rows else []
-            lines += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
-            lines += [f"  {titles[name][0] if name in titles else name}: not measured, {why}" for name, why in
-                      group.not_measured.items()]  # fmt: skip
-    return "\n".join(lines)
-
-
-def side_by_side(points: list[Point], titles: dict[str, tuple[str, str]]) -> str:
-    """One table with a row for each figure and a column for each point; a figure on fewer samples than the rest of its
-    column says how many."""
-    counts = [
-        max((f.num_samples for group in point.groups for f in group.figures.values()), default=0) for point in points
-    ]
-    rows = [["", *(point.name for point in points)], ["", *(f"n = {count}" for count in counts)]]
-    reasons = []
-    for features in dict.fromkeys(group.features for point in points for group in point.groups):
-        of_points = [[group for group in point.groups if group.features == features] for point in points]
-        figures = [{name: f for group in groups for name, f in group.figures.items()} for groups in of_points]
-        rows += [[features, *("" for _ in points)]] if any(figures) else []
-        for name in dict.fromkeys(name for each in figures for name in each):
-            cells = [plain_cell(each.get(name), count) for each, count in zip(figures, counts, strict=True)]
-            rows.append(["  " + title_of(name, titles), *cells])
-        left_out = [pair for groups in of_points for group in groups for pair in group.not_measured.items()]
-        reasons += [f"{titles[name][0] if name in titles else name}: not measured, {why}" for name, why in left_out]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(["", *lines, "", *dict.fromkeys(reasons)])
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def plain_cell(figure: Figure | None, usual: int) -> str:
@@ -143,35 +227,6 @@ def plain_cell(figure: Figure | None, usual: int) -> str:
 # ---- HTML
 
 
-def html_report(
-    title: str,
-    facts: dict[str, str],
-    notes: list[str],
-    points: list[Point],
-    titles: dict[str, tuple[str, str]],
-    sweep: str | None,
-    heading: str = IN_FEATURES,
-    remark: str = NO_COMPARISON,
-    brackets: str = BRACKETS,
-) -> str:
-    """The whole file."""
-    parts = [f"<h1>{html.escape(title)}</h1>", html_table([("", ""), *facts.items()])]
-    if notes:
-        parts += ["<ul>", *(f"<li>{html.escape(note)}</li>" for note in notes), "</ul>"]
-    parts.append(f"<p><small>{html.escape(brackets)} {html.escape(remark)}</small></p>")
-    for features in dict.fromkeys(group.features for point in points for group in point.groups):
-        group_title = html.escape(heading.format(features))
-        parts += [f"<h2>{group_title}</h2>", features_table(features, points, titles)]
-    if sweep:
-        parts += sweep_charts(points, titles, sweep)
-    for point in points:
-        for caption, picture in point.pictures:
-            title_of_picture = f"{point.name}: {caption}" if point.name else caption
-            parts += [f"<h2>{html.escape(title_of_picture)}</h2>", inline_image(picture, title_of_picture)]
-    head = f"<meta charset='utf-8'><title>{html.escape(title)}</title><style>{CSS}</style>"
-    return f"<!doctype html>\n<html lang='en'><head>{head}</head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
-
-
 def html_table(rows: Sequence[Sequence[str]], escape: bool = True) -> str:
     """The first row is the head; cells are text, or HTML where they are not to be escaped."""
     clean = html.escape if escape else str
@@ -181,80 +236,22 @@ def html_table(rows: Sequence[Sequence[str]], escape: bool = True) -> str:
     return "\n".join([*lines, "</table>"])
 
 
-def features_table(features: str, points: list[Point], titles: dict[str, tuple[str, str]]) -> str:
-    """A row for each figure in these features, a column for each point that has some."""
-    points = [point for point in points if any(group.features == features for group in point.groups)]
-    by_point = [
-        {
-            name: figure
-            for group in point.groups
-            if group.features == features
-            for name, figure in group.figures.items()
-        }
-        for point in points
-    ]
-    reasons = {
-        name: why for point in points for group in point.groups if group.features == features
-        for name, why in group.not_measured.items()
-    }  # fmt: skip
-    rows = [["", *(html.escape(point.name) for point in points)]]
-    for name in dict.fromkeys(name for figures in by_point for name in figures):
-        cells = [html_cell(figures[name]) if name in figures else "" for figures in by_point]
-        rows.append([html.escape(title_of(name, titles)), *cells])
-    left_out = "".join(
-        f"<li>{html.escape(titles[name][0] if name in titles else name)}: not measured, {html.escape(why)}</li>"
-        for name, why in reasons.items()
-    )
-    return html_table(rows, escape=False) + (f"<ul>{left_out}</ul>" if left_out else "")
-
-
 def html_cell(figure: Figure) -> str:
+    """Value, interval, and below them the number of samples and how the interval was made."""
     small = f"n = {figure.num_samples}, {figure.interval}" + (f"; {figure.note}" if figure.note else "")
     return f"<b>{digits(figure.value)}</b> {interval_of(figure)}<br><small>{html.escape(small)}</small>"
 
 
 def inline_image(picture: Image.Image, caption: str) -> str:
+    """An image as HTML that needs no file beside it."""
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
     return f"<img alt='{html.escape(caption, quote=True)}' src='data:image/png;base64,{data}'>"
 
 
-# ---- curves
-
-
-def sweep_charts(points: list[Point], titles: dict[str, tuple[str, str]], sweep: str) -> list[str]:
-    """FID, or KID, of each kind of features over accuracy or CLIP score, whichever was measured, and over the swept
-    value."""
-    parts = []
-    for features in dict.fromkeys(group.features for point in points for group in point.groups):
-        distance = next((name for name in ("fid", "kid", "cmmd") if series(points, name, features)), None)
-        if distance is None:
-            continue
-        ys = series(points, distance, features)
-        for other in ("accuracy", "clip_score"):
-            xs = series(points, other, None)
-            if xs:
-                title = f"{titles[distance][0]} against {titles[other][0]}"
-                parts += [f"<h2>{title}</h2>", chart(xs, ys, titles[other][0], titles[distance][0], points)]
-                parts.append(f"<p><small>{html.escape(features)}; each dot a {sweep}</small></p>")
-        numbers = [float(point.name.split()[-1]) for point in points]
-        xs = [Figure(value, value, value, 0, "") for value in numbers]
-        parts += [f"<h2>{titles[distance][0]} over {sweep}</h2>", chart(xs, ys, sweep, titles[distance][0], points)]
-        parts.append(f"<p><small>{html.escape(features)}</small></p>")
-    return parts
-
-
-def series(points: list[Point], name: str, features: str | None) -> list[Figure]:
-    """A figure at every point, in these features or the first that have it; empty if one of the points lacks it."""
-    groups = [group for point in points for group in point.groups if name in group.figures]
-    features = features or (groups[0].features if groups else None)
-    found = [group.figures[name] for group in groups if group.features == features]
-    return found if len(found) == len(points) else []
-
-
-def chart(xs: list[Figure], ys: list[Figure], x_title: str, y_title: str, points: list[Point]) -> str:
-    """An SVG of ys over xs with the intervals of both as bars and the points' values beside the dots."""
+def chart(xs: list[Figure], ys: list[Figure], x_title: str, y_title: str, labels: list[str]) -> str:
+    """An SVG of ys over xs with the intervals of both as bars and labels beside the dots."""
     width, height, margin = 560, 340, 56
 
     def scale(values: list[float], start: float, end: float):
@@ -280,9 +277,9 @@ def chart(xs: list[Figure], ys: list[Figure], x_title: str, y_title: str, points
     dots = [(x_at(x.value), y_at(y.value)) for x, y in zip(xs, ys, strict=True)]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in dots)
     lines.append(f"<polyline points='{path}' fill='none' stroke='#36c'/>")
-    for (x, y), horizontal, vertical, point in zip(dots, xs, ys, points, strict=True):
+    for (x, y), horizontal, vertical, label in zip(dots, xs, ys, labels, strict=True):
         bars = f"M{x:.1f} {y_at(vertical.low):.1f}V{y_at(vertical.high):.1f}"
         bars += f"M{x_at(horizontal.low):.1f} {y:.1f}H{x_at(horizontal.high):.1f}"
         lines.append(f"<path d='{bars}' stroke='#9bf'/><circle cx='{x:.1f}' cy='{y:.1f}' r='3.5' fill='#36c'/>")
-        lines.append(f"<text x='{x + 7:.1f}' y='{y - 6:.1f}'>{html.escape(point.name.split()[-1])}</text>")
+        lines.append(f"<text x='{x + 7:.1f}' y='{y - 6:.1f}'>{html.escape(label)}</text>")
     return "\n".join([*lines, "</svg>"])

@@ -1,11 +1,13 @@
 """Arguments about cells: which ones, which genes, their autoencoder. Imports no torch."""
 
+import os
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 
-from utils.args.parsing import fraction, non_negative_float, non_negative_int, positive_float, positive_int
+from utils.args.parsing import fraction, non_negative_float, non_negative_int, positive_float, positive_int, required
 from utils.errors import UserError
 
 MIN_GENES = 2
+CELLS_AT_ONCE = 1024  # that are sampled: they are small
 
 
 def add_cell_data_args(parser: ArgumentParser) -> None:
@@ -102,9 +104,9 @@ def check_cell_data_args(args: Namespace) -> None:
     """Refuses a run without cells, and splits that contradict each other."""
     if args.dataset_name is None:
         raise UserError("--dataset_name is required: an .h5ad file with raw counts")
-    if getattr(args, "num_genes", MIN_GENES) < MIN_GENES:
+    if args.num_genes < MIN_GENES:
         raise UserError(f"--num_genes {args.num_genes}: a cell of one gene has nothing to share out; give more")
-    if getattr(args, "split_column", None):
+    if args.split_column:
         for name in ("validation_fraction", "test_fraction", "split_seed", "label_column"):
             if name in args.typed:
                 raise UserError(f"--{name} with --split_column: the column says which cells are kept out; use one")
@@ -124,6 +126,20 @@ def add_expression_cache_args(parser: ArgumentParser) -> None:
     )
     group.add_argument("--encode_batch_size", type=positive_int, default=1024, help="Cells per VAE call.")
     group.add_argument("--rows_per_shard", type=positive_int, default=65536, help="Cells per shard.")
+
+
+def add_precompute_args(parser: ArgumentParser) -> None:
+    """All flags of a latent cache of cells."""
+    add_cell_data_args(parser)
+    add_expression_cache_args(parser)
+
+
+def check_precompute_args(args: Namespace) -> None:
+    """Refuses a cache of nothing, and a seed, which nothing would read."""
+    required(args, "dataset_name", "pretrained_vae_model_name_or_path")
+    if "seed" in args.typed:
+        raise UserError("--seed with --modality expression: nothing about encoding cells is random; leave it out")
+    args.mixed_precision = "no"  # latents of cells are small, and encoding them takes no time
 
 
 JOINT_FLAGS = ("dataset_name", "counts_layer", "vae_learning_rate", "joint_latents", "kl_weight")
@@ -168,6 +184,11 @@ def check_joint_args(args: Namespace) -> None:
             raise UserError(f"--{name} with --joint_vae: it is of the denoiser alone; leave one out")
     if args.optimizer == "muon":
         raise UserError("--optimizer muon with --joint_vae: it has one learning rate for all; use adamw")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        raise UserError(
+            "--joint_vae under FSDP: the whole copies that are exported there have no autoencoder; use "
+            "configs/accelerate/multi_gpu.yaml"
+        )
 
 
 def add_expression_samples_args(parser: ArgumentParser) -> None:
@@ -183,13 +204,9 @@ def add_expression_samples_args(parser: ArgumentParser) -> None:
     group.add_argument("--validation_inference_steps", type=positive_int, default=25, help="Steps of their sampler.")
 
 
-# Flags of sample.py that belong to runs of cells, beside those that crystals have too.
-OF_CELLS = ("class_label", "num_samples", "property")
-
-
-def add_expression_request_args(parser: ArgumentParser) -> None:
-    """What a run of cells is asked for."""
-    group = parser.add_argument_group("request of cells; --num_samples and --property are as for crystals")
+def add_request_args(parser: ArgumentParser) -> None:
+    """What a run of cells is asked for, beside --num_samples and --property."""
+    group = parser.add_argument_group("request of cells")
     group.add_argument(
         "--class_label",
         nargs="+",

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -14,17 +14,19 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from utils.diffusion.denoiser import ConditionalDenoiser
+from utils.diffusion.guidance import Guidance
 from utils.diffusion.sampling import sample_latents, sampling_scheduler
 from utils.errors import UserError
-from utils.expression.cache import VectorCache
+from utils.expression.cache import JointCache, VectorCache
 from utils.expression.codec import SPLIT_FILE, draw_cells, load_expression_vae
 from utils.expression.modality import EXPRESSION
 from utils.expression.vae.network import ExpressionVAE
+from utils.expression.vae.training import measure_latents
 from utils.frozen import component_path
-from utils.latents.spec import LatentSpec, Normalisation
-from utils.runs.load import OF_VAE, check_guide, check_weights, checkpoint_weights, load_parts
-from utils.runs.save import model_card as card_of
-from utils.runs.save import save_parts, save_weights
+from utils.latents.spec import Normalisation
+from utils.runs import save
+from utils.runs.load import OF_VAE, RunFolder, check_guide, differences_of_parts
+from utils.runs.save import ModelCard
 from utils.training import lora
 
 COUNTS_STREAM = 2  # of a sample's seed: the noise of its latents is another
@@ -62,10 +64,8 @@ class ExpressionPipeline:
         self,
         count: int,
         values: dict[str, Tensor],
-        num_inference_steps: int = 50,
-        guidance_scale: float = 1.0,
-        guidance_interval: Sequence[float] = (0.0, 1.0),
-        guidance_rescale: float = 0.0,
+        guidance: Guidance,
+        *,
         guide_model: ConditionalDenoiser | None = None,
         generator: list[torch.Generator] | None = None,
         progress_bar: Callable[[Tensor], Iterable[Tensor]] = iter,
@@ -76,13 +76,10 @@ class ExpressionPipeline:
             self.scheduler,
             (count, self.denoiser.model.config.sample_size),
             values,
-            num_inference_steps,
-            guidance_scale,
-            guidance_interval,
-            guidance_rescale,
-            guide_model,
-            generator,
-            progress_bar,
+            guidance,
+            guide_model=guide_model,
+            generator=generator,
+            progress_bar=progress_bar,
         )
 
     def decode(
@@ -99,25 +96,48 @@ class ExpressionPipeline:
 COLUMNS_FILE = "training_columns.parquet"
 
 
-def make_pipeline(denoiser: ConditionalDenoiser, cache: VectorCache, scheduler: Any) -> ExpressionPipeline:
-    """A pipeline around the live denoiser. Raises UserError if the VAE is no longer the one that made the cache."""
-    spec = cache.spec
-    vae = load_expression_vae(spec.vae, "--latents_dir")
-    check_weights(vae, spec.vae, spec.fingerprint["vae"]["sha256"])
-    kinds = {name: settings["kind"] for name, settings in cache.conditions.items()}
-    if vae.config.batch_column:
-        kinds.setdefault(vae.config.batch_column, "class")
-    columns = {name: cache.column(name, kind) for name, kind in kinds.items()}
-    return ExpressionPipeline(denoiser, sampling_scheduler(scheduler), vae, cache.normalisation, columns)
+@dataclass
+class Exporter(save.Exporter):
+    """What a run of cells uses and does not train, and how its folder is written. `training_columns` are those of
+    `ExpressionPipeline`.
+    """
 
+    training_columns: dict[str, np.ndarray]
+    split_file: Path  # which cells the autoencoder was trained on; it may be missing
+    trains_vae_on: JointCache | None = None  # with --joint_vae: the cells that the autoencoder is trained on
+    pipeline_name: ClassVar[str] = "ExpressionPipeline"
 
-def save_frozen_parts(output_dir: Path, pipeline: ExpressionPipeline, spec: LatentSpec) -> None:
-    """Writes all that a checkpoint needs beside it to be sampled and judged."""
-    save_parts(output_dir, pipeline)
-    save_columns(pipeline.training_columns, output_dir / COLUMNS_FILE)
-    split = Path(component_path(spec.vae, "vae")) / SPLIT_FILE
-    if split.is_file():
-        shutil.copy(split, output_dir / "vae" / SPLIT_FILE)
+    @classmethod
+    def of_cache(cls, cache: VectorCache, scheduler: SchedulerMixin, card: ModelCard) -> "Exporter":
+        """With the autoencoder that made a cache. Raises UserError unless its weights still are those."""
+        vae = cache.autoencoder()
+        kinds = {name: settings["kind"] for name, settings in cache.conditions.items()}
+        if vae.config.batch_column:
+            kinds.setdefault(vae.config.batch_column, "class")
+        columns = {name: cache.column(name, kind) for name, kind in kinds.items()}
+        split_file = Path(component_path(cache.spec.vae, "vae")) / SPLIT_FILE
+        joint = cache if isinstance(cache, JointCache) else None
+        return cls(vae, cache.normalisation, scheduler, card, columns, split_file=split_file, trains_vae_on=joint)
+
+    def pipeline(self, denoiser: ConditionalDenoiser) -> ExpressionPipeline:
+        """A pipeline around the live denoiser, for validation."""
+        scheduler = sampling_scheduler(self.scheduler)
+        return ExpressionPipeline(denoiser, scheduler, self.vae, self.normalisation, self.training_columns)
+
+    def save_frozen(self, folder: Path, model: ConditionalDenoiser) -> None:
+        """Writes all that a checkpoint needs beside it to be sampled and judged."""
+        super().save_frozen(folder, model)
+        save_columns(self.training_columns, folder / COLUMNS_FILE)
+        if self.split_file.is_file():
+            shutil.copy(self.split_file, folder / "vae" / SPLIT_FILE)
+
+    def write(self, folder: Path, model: ConditionalDenoiser, num_steps: int) -> None:
+        """As any run is written; an autoencoder that was trained too says of its latents what they are now."""
+        if self.trains_vae_on is not None:
+            measure_latents(self.vae, self.trains_vae_on.cells, self.trains_vae_on.batch_index)
+        super().write(folder, model, num_steps)
+        if (folder / lora.FOLDER).is_dir():  # adapters may be asked for what their base knows nothing of
+            save_columns(self.training_columns, folder / lora.FOLDER / COLUMNS_FILE)
 
 
 def save_columns(columns: dict[str, np.ndarray], path: Path) -> None:
@@ -133,55 +153,33 @@ def load_columns(path: Path) -> dict[str, np.ndarray]:
     return {name: v if v.dtype == object else v.astype(np.float64) for name, v in found.items()}
 
 
-def export_run(
-    output_dir: Path, denoiser: ConditionalDenoiser, pipeline: ExpressionPipeline, spec: LatentSpec, card: str
-) -> None:
-    """Writes a run that is finished."""
-    save_frozen_parts(output_dir, pipeline, spec)
-    save_weights(output_dir, denoiser, pipeline, card)
-    if (output_dir / lora.FOLDER).is_dir():  # adapters may be asked for what their base knows nothing of
-        save_columns(pipeline.training_columns, output_dir / lora.FOLDER / COLUMNS_FILE)
-
-
-def load_expression_run(
+def load_run(
     path: str | Path, ema_sigma_rel: float | None = None, flag: str = "--model", lora_dir: str | None = None
 ) -> ExpressionPipeline:
-    """The pipeline of a run of cells or one of its checkpoints."""
-    loaded = load_parts(path, ema_sigma_rel, flag, lora_dir)
-    files = [Path(folder) / COLUMNS_FILE for folder in (lora_dir, loaded.run_dir) if folder is not None]
-    return ExpressionPipeline(
-        loaded.denoiser,
-        loaded.scheduler,
-        load_run_vae(loaded.run_dir, loaded.checkpoint, flag),
-        loaded.normalisation,
-        load_columns(next(file for file in files if file.is_file())),
-    )
+    """The pipeline of a finished run, of a run that is not finished (its newest checkpoint), or of a checkpoint. The
+    rest is as `RunFolder.denoiser` has it. Raises UserError, which names the flag, for a folder that is no run.
+    """
+    run = RunFolder.find(path, flag)
+    denoiser = run.denoiser(ema_sigma_rel, lora_dir)
+    files = [Path(folder) / COLUMNS_FILE for folder in (lora_dir, run.path) if folder is not None]
+    columns = load_columns(next(file for file in files if file.is_file()))
+    return ExpressionPipeline(denoiser, run.scheduler(), load_run_vae(run), run.normalisation(), columns)
 
 
-def load_run_vae(run_dir: Path, checkpoint: Path | None, flag: str) -> ExpressionVAE:
+def load_run_vae(run: RunFolder) -> ExpressionVAE:
     """The autoencoder of a run, or that of a checkpoint, where it was trained on with its denoiser."""
-    vae = load_expression_vae(str(run_dir / "vae"), flag)
-    weights = checkpoint_weights(checkpoint) if checkpoint else {}
-    joint = {name.removeprefix(OF_VAE): tensor for name, tensor in weights.items() if name.startswith(OF_VAE)}
+    vae = load_expression_vae(str(run.path / "vae"), run.flag)
+    joint = {name.removeprefix(OF_VAE): each for name, each in run.weights().items() if name.startswith(OF_VAE)}
     if joint:  # what stands in the folder is what training began with
         vae.load_state_dict(joint)
     return vae
 
 
-def load_expression_guide(path: str, pipeline: ExpressionPipeline) -> ConditionalDenoiser:
+def load_guide(path: str, pipeline: ExpressionPipeline) -> ConditionalDenoiser:
     """The weaker run or checkpoint that guides `pipeline` (autoguidance), on the CPU, where `pipeline` still must be.
     Raises UserError for one that was trained on something else, and for the run itself.
     """
     if Path(path).is_dir() and not EXPRESSION.is_run(Path(path)):
         raise UserError(f"--guide_model: {path} is no run of cells; give a weaker run on the same latents")
-    return check_guide(path, pipeline, load_expression_run(path, flag="--guide_model"), {})
-
-
-def model_card(
-    spec: LatentSpec, num_rows: int, conditions: list[str], num_steps: int, use_ema: bool, base: str | None
-) -> str:
-    """The README.md of a run."""
-    what = f"{num_rows} cells of {spec.fingerprint['dataset']['name']} for\n{num_steps} steps"
-    example = "python sample.py --model THIS_FOLDER --num_samples 500"
-    title = "A latent diffusion model of gene expression"
-    return card_of(title, "single-cell", what, conditions, base, spec.vae, use_ema, example)
+    guide = load_run(path, flag="--guide_model")
+    return check_guide(path, differences_of_parts(pipeline, guide), pipeline.denoiser, guide.denoiser)

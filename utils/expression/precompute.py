@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 DTYPE = "float32"  # latents of cells are small
 
 
-def build_expression_cache(args: Namespace, accelerator: Accelerator, cache_dir: Path) -> LatentSpec:
+def build_cache(args: Namespace, accelerator: Accelerator, cache_dir: Path) -> LatentSpec:
     """Makes the cache that `args` ask for, or finds it finished; the main process does it. Raises UserError for bad
     input and for a folder with another cache or something else in it.
     """
@@ -36,6 +36,11 @@ def build_expression_cache(args: Namespace, accelerator: Accelerator, cache_dir:
     with TemporaryDirectory() as folder:  # for more cells than memory: the files stay mapped when they have no name
         table = read_table(source, rows, config.genes, config.library, Path(folder), args.max_skipped_fraction)
     return build_from(args, accelerator, cache_dir, vae, table)
+
+
+def facts_of(spec: LatentSpec) -> list[str]:
+    """What a cache of cells holds beside latents, for a reader."""
+    return []
 
 
 def build_from(
@@ -68,14 +73,10 @@ def write_cache(
         shape=(dimensions,),
         dtype=DTYPE,
         content="moments",
-        flips=False,
         num_rows=len(table),
         num_skipped=len(table.skipped),
         normalisation={},  # measured on the way
-        captions=None,
-        labels=None,
         vae=args.pretrained_vae_model_name_or_path,
-        text_encoder=None,
         fingerprint=fingerprint,
         columns={name: "text" if values.dtype == object else "number" for name, values in table.obs.items()},
     )
@@ -95,7 +96,8 @@ def write_cache(
             columns |= {"library_size": table.library_sizes[rows], "latents": np.concatenate(moments)}
             columns |= {f"column.{name}": values[rows] for name, values in table.obs.items()}
             shards.write(index, columns, {})
-    finish_cache(cache_dir, shards, spec, table.skipped, Normalisation.of_vae(vae.config, dimensions), sums)
+    of_vae = Normalisation.of_vae(vae.config, dimensions)
+    finish_cache(cache_dir, shards, spec, skipped=table.skipped, of_vae=of_vae, sums=sums)
 
 
 def vector_features(spec: LatentSpec) -> datasets.Features:

@@ -2,7 +2,8 @@
 the run and sampled.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,24 +11,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.diffusion.sampling import batches, image_generators
 from utils.errors import UserError
-from utils.expression.pipeline import ExpressionPipeline
+from utils.expression.files import CELLS_FILE, save_cells
+from utils.expression.modality import EXPRESSION
+from utils.expression.pipeline import ExpressionPipeline, load_guide, load_run
 from utils.latents.columns import category_name, category_numbers
-from utils.runs import requests as column_requests
+from utils.runs import sampler as base
 from utils.runs.requests import Columns, column_values, known_category, not_a_condition, parse_assignments
+from utils.runs.sampler import Request
 
-DEFAULT_GUIDANCE = 1.0  # of cells a guided sample is too pure: a type's variance is what it is asked for
 ROWS_STREAM = 1  # of a sample's seed: which training cell it takes after
 MAX_LIBRARY = 1e12  # of a cell; real ones have up to a million counts, and of 1e18 none could be drawn
 
 
-class DrawnCells(NamedTuple):
-    """Cells of a run."""
+class DrawnCell(NamedTuple):
+    """A cell of a run."""
 
-    counts: np.ndarray  # (n, G) fp32
-    library_sizes: np.ndarray  # (n,)
+    counts: np.ndarray  # (G,) fp32
+    library_size: np.floating
 
 
 def requested_cells(
@@ -85,7 +87,7 @@ def request_of(pipeline: ExpressionPipeline, columns: dict[str, np.ndarray], row
     return request
 
 
-def condition_values(pipeline: ExpressionPipeline, requests: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+def condition_values(pipeline: ExpressionPipeline, requests: Sequence[Request]) -> dict[str, Tensor]:
     """The values (B,) of the run's conditions; what a request does not name is missing, as in training."""
     values: dict[str, Tensor] = {}
     for name, settings in pipeline.columns.items():
@@ -95,7 +97,7 @@ def condition_values(pipeline: ExpressionPipeline, requests: Sequence[dict[str, 
     return values
 
 
-def draw_batches(pipeline: ExpressionPipeline, requests: Sequence[dict[str, Any]], seed: int) -> np.ndarray | None:
+def draw_batches(pipeline: ExpressionPipeline, requests: Sequence[Request], seed: int) -> np.ndarray | None:
     """(n,) a batch for the decoder of each sample: the one that is asked for, or that of a training cell which has the
     classes that are. None for a decoder that knows none.
     """
@@ -121,58 +123,66 @@ def draw_batches(pipeline: ExpressionPipeline, requests: Sequence[dict[str, Any]
     return np.array(drawn)
 
 
-def guidance_settings(
-    pipeline: ExpressionPipeline,
-    requests: Sequence[Mapping[str, Any]],
-    guidance_scale: float | None,
-    guidance_interval: list[float],
-    guidance_rescale: float,
-    num_inference_steps: int,
-    with_guide: bool,
-) -> dict[str, Any]:
-    """Arguments of `ExpressionPipeline.latents`, as `column_requests.guidance_settings` has them; off by default where
-    no weaker run guides. Raises UserError for guidance that contradicts itself or would do nothing.
-    """
-    return column_requests.guidance_settings(
-        pipeline.scheduler,
-        any(requests),
-        guidance_scale,
-        guidance_interval,
-        guidance_rescale,
-        num_inference_steps,
-        with_guide,
-        default=column_requests.DEFAULT_GUIDANCE if with_guide else DEFAULT_GUIDANCE,
-    )
+class Sampler(base.Sampler):
+    """A run of cells that is ready to be sampled. A request is types and numbers by the names of conditions."""
 
+    modality = EXPRESSION
+    load_run = staticmethod(load_run)
+    load_guide = staticmethod(load_guide)
 
-def sample_cells(
-    pipeline: ExpressionPipeline,
-    requests: Sequence[dict[str, Any]],
-    settings: dict[str, Any],
-    seed: int,
-    batch_size: int,
-    mixed_precision: str = "no",
-    guide_model: ConditionalDenoiser | None = None,
-) -> Iterator[DrawnCells]:
-    """Cells for the requests, a batch at a time; number i has seed `seed` + i, and is the same, but for rounding,
-    whatever the batch. Raises UserError where the run gives values that are not finite.
-    """
-    dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
-    of_batches = draw_batches(pipeline, requests, seed)
-    for first, some in batches(requests, batch_size):
-        values, device = condition_values(pipeline, some), pipeline.vae.device
-        generators = image_generators(seed, first, len(some))
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            latents = pipeline.latents(
-                len(some), values, generator=generators, guide_model=guide_model, **settings
-            ).float()
-        library_sizes = pipeline.normalisation.denormalise(latents)[:, -1].exp()
-        if not (torch.isfinite(latents).all() and (library_sizes < MAX_LIBRARY).all()):
-            raise UserError(
-                "--model: it gives cells that are not finite; try --mixed_precision no or a lower --guidance_scale, "
-                "and if that does not help an earlier checkpoint: the weights are damaged"
-            )
-        index = None
-        if of_batches is not None:
-            index = torch.from_numpy(of_batches[first : first + len(some)]).to(device)
-        yield DrawnCells(*pipeline.decode(latents, index, [seed + first + i for i in range(len(some))]))
+    def requests(self, args: Namespace) -> list[dict[str, Any]]:
+        """--num_samples cells of each --class_label, with --property; without either, cells as the training set has
+        them.
+        """
+        asked = requested_cells(self.pipeline, self.run_dir, args.class_label or [], args.property or [])
+        if asked == [{}]:
+            requests = as_trained(self.pipeline, args.num_samples, args.seed)
+        else:
+            requests = [each for each in asked for _ in range(args.num_samples)]
+        self.guidance(requests)
+        return requests
+
+    def can_guide(self, requests: Sequence[Request]) -> bool:
+        """Whether anything is asked for."""
+        return any(requests)
+
+    def sample(
+        self, requests: Sequence[Request], seed: int, batch_size: int, mixed_precision: str
+    ) -> Iterator[list[DrawnCell]]:
+        """Cells for the requests, a batch at a time; number i has seed `seed` + i, and is the same, but for rounding,
+        whatever the batch. Raises UserError where the run gives values that are not finite.
+        """
+        pipeline, guidance = self.pipeline, self.guidance(requests)
+        of_batches = draw_batches(pipeline, requests, seed)
+        for first, some in batches(requests, batch_size):
+            values, device = condition_values(pipeline, some), pipeline.vae.device
+            generators = image_generators(seed, first, len(some))
+            with self.autocast(mixed_precision):
+                latents = pipeline.latents(
+                    len(some), values, guidance, guide_model=self.guide, generator=generators
+                ).float()
+            library_sizes = pipeline.normalisation.denormalise(latents)[:, -1].exp()
+            if not (torch.isfinite(latents).all() and (library_sizes < MAX_LIBRARY).all()):
+                raise UserError(
+                    "--model: it gives cells that are not finite; try --mixed_precision no or a lower "
+                    "--guidance_scale, and if that does not help an earlier checkpoint: the weights are damaged"
+                )
+            index = None
+            if of_batches is not None:
+                index = torch.from_numpy(of_batches[first : first + len(some)]).to(device)
+            drawn = pipeline.decode(latents, index, [seed + first + i for i in range(len(some))])
+            yield [DrawnCell(*cell) for cell in zip(*drawn, strict=True)]
+
+    def save(self, folder: Path, samples: list[DrawnCell], requests: Sequence[Request], seed: int) -> str:
+        """Writes cells.h5ad."""
+        counts, library_sizes = (np.stack(parts) for parts in zip(*samples, strict=True))
+        save_cells(
+            folder,
+            counts,
+            library_sizes,
+            genes=self.pipeline.genes,
+            requests=requests,
+            settings=self.settings(requests),
+            seed=seed,
+        )
+        return f"{len(samples)} cells of {len(self.pipeline.genes)} genes in {folder / CELLS_FILE}"

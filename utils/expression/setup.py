@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate import Accelerator
+from diffusers import SchedulerMixin
 
 from utils.args.columns import parse_conditions
-from utils.diffusion.denoiser import ConditionalDenoiser, JointDenoiser, own_config
+from utils.diffusion.denoiser import ConditionalDenoiser, own_config
 from utils.errors import UserError
 from utils.expression.cache import CONDITION_KINDS, JointCache, VectorCache
 from utils.expression.data.genes import choose_genes
 from utils.expression.data.source import CellSource, open_cells
 from utils.expression.data.table import SPLITS, CellTable, check_labels, read_table, stratified_split
 from utils.expression.modality import EXPRESSION
-from utils.expression.pipeline import load_run_vae
-from utils.expression.vae.network import ExpressionVAE
+from utils.expression.pipeline import Exporter, load_run_vae
 from utils.files import remove_unfinished, sha256_json
 from utils.frozen import weights_hash
 from utils.latents.columns import category_name, category_numbers, describe_column
@@ -33,7 +33,8 @@ from utils.runs.base import (
     use_conditions_of,
     warn_of_missing,
 )
-from utils.runs.load import find_run, load_settings
+from utils.runs.load import RunFolder
+from utils.runs.save import ModelCard, column_settings
 
 logger = logging.getLogger(__name__)
 COUNTS_FOLDER = "counts"  # of a run, with --low_memory
@@ -129,15 +130,44 @@ def names_of_batches(source: CellSource, rows: np.ndarray, column: str) -> list[
 # ---- latents
 
 
-def open_vector_cache(args: Namespace) -> JointCache:
-    """The cache of --latents_dir, which gives the values of the conditions asked for. Raises UserError for a column
-    that is not there or says nothing.
+def open_vector_cache(args: Namespace) -> VectorCache:
+    """The cache of --latents_dir, which gives the values of the conditions asked for; with --joint_vae a `JointCache`.
+    Raises UserError for a column that is not there or says nothing, and for cells that are not those of the cache.
     """
-    cache = JointCache(args.latents_dir, args.latent_normalisation)
+    if args.joint_vae:
+        source = open_cells(args.dataset_name, args.counts_layer)
+        cache: VectorCache = JointCache(args.latents_dir, args.latent_normalisation, source=source)
+    else:
+        cache = VectorCache(args.latents_dir, args.latent_normalisation)
     asked = parse_conditions(args.condition, CONDITION_KINDS, example="cell_type")
     cache.use_conditions({name: describe_column(cache, kind, name) for name, kind in asked.items()})
     warn_of_missing(cache)
     return cache
+
+
+def make_exporter(args: Namespace, cache: VectorCache, scheduler: SchedulerMixin) -> Exporter:
+    """What writes the run's folder, with the autoencoder of a cache. Raises UserError if it has other weights now."""
+    spec = cache.spec
+    num_rows = spec.num_rows - (args.num_validation_samples or 0)
+    card = ModelCard(
+        title="A latent diffusion model of gene expression",
+        data=f"{num_rows} cells of {spec.fingerprint['dataset']['name']}",
+        settings=column_settings(args.condition or [], spec.vae),
+        base=args.pretrained_model_name_or_path,
+        use_ema=args.use_ema,
+        example="python sample.py --model THIS_FOLDER --num_samples 500",
+        tags=("single-cell",),
+    )
+    return Exporter.of_cache(cache, scheduler, card)
+
+
+def sample_settings(args: Namespace) -> dict[str, Any]:
+    """How cells are sampled while training."""
+    return {
+        "num_cells": args.num_validation_cells,
+        "guidance_scale": args.validation_guidance_scale,
+        "num_inference_steps": args.validation_inference_steps,
+    }
 
 
 def mlp_arguments(size: str, dimensions: int) -> dict[str, Any]:
@@ -185,19 +215,11 @@ def check_base(args: Namespace, base: ConditionalDenoiser, cache: VectorCache) -
         raise UserError(f"--architecture with {flag}: the run says what its model is; leave it out")
     if not EXPRESSION.is_run(run_dir):
         raise UserError(f"{flag}: {run_dir} is no run of cells; give one of train_expression_ldm.py")
-    whole, _, checkpoint = find_run(run_dir, flag)
-    if weights_hash(load_run_vae(whole, checkpoint, flag)) != cache.spec.fingerprint["vae"]["sha256"]:
+    run = RunFolder.find(run_dir, flag)
+    if weights_hash(load_run_vae(run)) != cache.spec.fingerprint["vae"]["sha256"]:
         raise UserError(
-            f"{flag}: {run_dir} knows latents of another VAE; precompute --latents_dir with {whole / 'vae'}"
-            f"{', and start from the finished run' if checkpoint else ''}"
+            f"{flag}: {run_dir} knows latents of another VAE; precompute --latents_dir with {run.path / 'vae'}"
+            f"{', and start from the finished run' if run.checkpoint else ''}"
         )
-    take_normalisation(args, cache, load_settings(whole)[1])
+    take_normalisation(args, cache, run.normalisation())
     use_conditions_of(base, cache, str(run_dir))
-
-
-def join(args: Namespace, denoiser: ConditionalDenoiser, vae: ExpressionVAE, cache: JointCache) -> JointDenoiser:
-    """The denoiser and its autoencoder as one module to train, and a cache that gives the counts of its cells. Raises
-    UserError where the cells are not those of the cache.
-    """
-    cache.attach(args.dataset_name, args.counts_layer, vae)
-    return JointDenoiser(denoiser, vae.requires_grad_(True))

@@ -1,25 +1,23 @@
 """Cells that are sampled on the way: where their latents lie beside those of the training cells, and how far."""
 
 import logging
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
 from utils.diffusion.denoiser import ConditionalDenoiser
-from utils.diffusion.sampling import fault_of_steps, image_generators
+from utils.diffusion.guidance import Guidance
+from utils.diffusion.sampling import fault_of_steps, image_generators, sampling_scheduler
 from utils.draws import SampleDraws
 from utils.errors import UserError
 from utils.expression.cache import VectorCache
 from utils.expression.pictures import principal_plane, scatter_grid
-from utils.expression.pipeline import ExpressionPipeline
+from utils.expression.pipeline import Exporter
 from utils.training.held_out import in_fixed_order
 from utils.training.lora import merge_lora
+from utils.training.run import Run
 from utils.training.step_log import show_picture
 
 logger = logging.getLogger(__name__)
@@ -41,19 +39,20 @@ class CellSamples:
 
     def __init__(
         self,
-        accelerator: Accelerator,
-        pipeline: ExpressionPipeline,
+        run: Run,
+        exporter: Exporter,
         cache: VectorCache,
-        folder: Path,
+        *,
         num_cells: int,
         guidance_scale: float,
         num_inference_steps: int,
     ):
-        fault = fault_of_steps(pipeline.scheduler, num_inference_steps)
+        fault = fault_of_steps(sampling_scheduler(exporter.scheduler), num_inference_steps)
         if fault:
             raise UserError(f"--validation_inference_steps {num_inference_steps}: {fault}; use 20, 25 or 50")
-        self.accelerator, self.pipeline, self.folder, self.cache = accelerator, pipeline, folder, cache
-        self.settings: dict[str, Any] = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+        self.accelerator, self.exporter, self.cache = run.accelerator, exporter, cache
+        self.folder = run.folder / "samples"
+        self.guidance = Guidance(guidance_scale, num_inference_steps=num_inference_steps)
         order = in_fixed_order(len(cache))
         self.rows, others = order[:num_cells], order[num_cells : 2 * num_cells]
         self.labels = None
@@ -75,11 +74,11 @@ class CellSamples:
         """
         if not self.accelerator.is_main_process:
             return
-        pipeline = replace(self.pipeline, denoiser=merge_lora(model))
+        pipeline = self.exporter.pipeline(merge_lora(model))
         batch, count = self.cache.gather(self.rows), len(self.rows)
         values = {name: batch[name] for name in self.cache.conditions}
         with self.accelerator.autocast():
-            latents = pipeline.latents(count, values, generator=image_generators(0, 0, count), **self.settings)
+            latents = pipeline.latents(count, values, self.guidance, generator=image_generators(0, 0, count))
         found, real = latents.float().cpu().numpy(), self.real(self.rows)
         if not np.isfinite(found).all():
             logger.warning("step %d: samples are not finite", global_step)

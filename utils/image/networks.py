@@ -1,4 +1,4 @@
-"""The parts of a training, from its arguments: data, cache, denoiser, objective."""
+"""The denoiser of a training on images, from its arguments: U-Net or DiT, new or from a run."""
 
 import logging
 from argparse import Namespace
@@ -7,39 +7,42 @@ from typing import Any
 
 from diffusers import UNet2DConditionModel
 
-from utils.diffusion.conditions import ClassCondition, NoCondition, TextCondition
+from utils.diffusion.conditions import NoCondition
 from utils.diffusion.denoiser import ConditionalDenoiser, num_tokens, own_config
 from utils.errors import UserError
 from utils.frozen import weights_hash
+from utils.image.cache import ImageCache
 from utils.image.codec import folded_normalisation, load_vae
-from utils.latents.cache import LatentCache
+from utils.image.conditions import IMAGE_CONDITIONS, ImageCondition
 from utils.latents.spec import LatentSpec, Normalisation
 from utils.models.dit import AFTER_ROUTE, BEFORE_ROUTE, DIT_SIZES, DiT
 from utils.models.unet import UNET_PRESETS, build_unet, unet_config
 from utils.runs.base import BASE_FLAG, DATA_ARGUMENTS, fine_tuned, load_base, read_model_config, take_normalisation
-from utils.runs.load import find_run, load_settings
+from utils.runs.load import RunFolder
 
 logger = logging.getLogger(__name__)
 
 
-def build_denoiser(args: Namespace, cache: LatentCache, condition: str) -> ConditionalDenoiser:
-    """A new denoiser for the latents and the condition ("text", "class" or "none") of a cache, by `--model` and
+def build_denoiser(args: Namespace, cache: ImageCache, condition: str) -> ConditionalDenoiser:
+    """A new denoiser for the latents and the condition (a row of `IMAGE_CONDITIONS`) of a cache, by `--model` and
     `--model_size`, or from the run that `--pretrained_model_name_or_path` names.
     """
     spec = cache.spec
     channels, height, width = spec.shape
     if height != width:
         raise UserError(f"--latents_dir: latents of {height} x {width}: only square ones can be trained")
-    text_dim = spec.captions["hidden_size"] if condition == "text" and spec.captions else None
+    row = IMAGE_CONDITIONS[condition]
+    text_dim = row.text_dim(spec)
+    data = (height, channels, text_dim, condition)  # which decide a part of any network
     base = load_base(args)
     if base is None:
-        config = MODELS[args.model](args.model_size, height, channels, text_dim, condition)
+        config = MODELS[args.model](args.model_size, *data)
         model_class = DiT if args.model == "dit" else UNet2DConditionModel
         config |= read_model_config(args.model_config, model_class, config)
     else:
         take_normalisation(args, cache, check_latents(base, Path(args.pretrained_model_name_or_path), spec))
-        config = config_from(base, height, text_dim, condition)
-        check_same_model(args, config, height, channels, text_dim, condition)
+        config = config_from(base, height, text_dim, row)
+        check_same_model(args, config, *data)
     try:
         model = DiT.from_config(config) if args.model == "dit" else build_unet(config)
     except (ValueError, TypeError) as error:
@@ -48,7 +51,7 @@ def build_denoiser(args: Namespace, cache: LatentCache, condition: str) -> Condi
         check_routing(args.tread_ratio, model)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    denoiser = ConditionalDenoiser(model, build_condition(condition, cache, config, is_dit=args.model == "dit"))
+    denoiser = ConditionalDenoiser(model, row.make_encoder(cache, config, is_dit=args.model == "dit"))
     return denoiser if base is None else fine_tuned(args, denoiser, base)
 
 
@@ -61,45 +64,36 @@ def check_latents(base: ConditionalDenoiser, run_dir: Path, spec: LatentSpec) ->
             f"{BASE_FLAG}: {run_dir} knows latents of {base.model.config.in_channels} channels, and those of "
             f"--latents_dir have {spec.shape[0]}; precompute with the VAE of that run"
         )
-    whole, _, _ = find_run(run_dir, BASE_FLAG)
-    vaes = load_vae(spec.vae), load_vae(str(whole / "vae"))
+    run = RunFolder.find(run_dir, BASE_FLAG)
+    vaes = load_vae(spec.vae), load_vae(str(run.path / "vae"))
     # Of a VAE into which a normalisation was folded only the layers next to the latents have changed.
     ours, theirs = (weights_hash(getattr(each, "decoder", each)) for each in vaes)
     if ours != theirs:
         logger.warning("%s: %s was trained in latents of another VAE than this cache's", BASE_FLAG, run_dir)
         return None
-    return folded_normalisation(*vaes, spec.shape[0]).then(load_settings(whole)[1])
+    return folded_normalisation(*vaes, spec.shape[0]).then(run.normalisation())
 
 
-def config_from(base: ConditionalDenoiser, size: int, text_dim: int | None, condition: str) -> dict[str, Any]:
+def config_from(base: ConditionalDenoiser, size: int, text_dim: int | None, row: ImageCondition) -> dict[str, Any]:
     """Arguments of the base's model for latents of `size`, with what the condition needs where the base has none."""
-    config = own_config(base.model)
-    config["sample_size"] = size
-    if (
-        condition == "text"
-        and isinstance(base.conditions, TextCondition)
-        and config["cross_attention_dim"] != text_dim
-    ):
+    config = own_config(base.model) | {"sample_size": size}
+    is_same = isinstance(base.conditions, row.encoder)
+    if is_same and text_dim is not None and config["cross_attention_dim"] != text_dim:
         raise UserError(
             f"{BASE_FLAG}: it knows text of width {config['cross_attention_dim']}, and that of --latents_dir has "
             f"{text_dim}; precompute with the text encoder of that run"
         )
-    if condition == "none" or not isinstance(base.conditions, NoCondition):
+    if is_same or not isinstance(base.conditions, NoCondition):
         return config
     if isinstance(base.model, DiT):
-        return config | condition_arguments(config["style"] == "plain", config["hidden_size"], text_dim, condition)
-    if condition == "text":
-        raise UserError(
-            f"{BASE_FLAG}: an unconditional U-Net has other blocks than one with text; start from a text-to-image "
-            "run, or from a DiT"
-        )
-    return config | {"class_embed_type": "identity"}
+        return config | row.dit_arguments(config["style"] == "plain", config["hidden_size"], text_dim)
+    return config | row.added_to_unet()
 
 
-def check_same_model(args: Namespace, config: dict[str, Any], *shape: Any) -> None:
+def check_same_model(args: Namespace, config: dict[str, Any], *data: Any) -> None:
     """Raises UserError where --model_size or --model_config ask for another model than the base's `config`."""
     model_class = DiT if args.model == "dit" else UNet2DConditionModel
-    wanted = {"--model_size": MODELS[args.model](args.model_size, *shape) if args.model_size else {}}
+    wanted = {"--model_size": MODELS[args.model](args.model_size, *data) if args.model_size else {}}
     wanted["--model_config"] = read_model_config(args.model_config, model_class, config)
     given = set(wanted["--model_config"])
     for flag, values in wanted.items():
@@ -124,30 +118,6 @@ def check_routing(tread_ratio: float, model: DiT) -> None:
         )
 
 
-def build_condition(condition: str, cache: LatentCache, config: dict[str, Any], is_dit: bool):
-    """The encoder of a condition, of the width its denoiser takes."""
-    spec = cache.spec
-    if condition == "none":
-        return NoCondition()
-    if condition == "class":
-        if spec.labels is None:
-            raise UserError(
-                "--latents_dir: this cache has no labels; precompute with --label_column, or add --unconditional"
-            )
-        if is_dit:  # of its own width, where it is added to the timestep embedding without a projection
-            width = config["projection_class_embeddings_input_dim"] or config["hidden_size"]
-        else:
-            width = 4 * config["block_out_channels"][0]
-        return ClassCondition(spec.labels["num_classes"], width, spec.labels["names"])
-    if spec.captions is None:
-        raise UserError("--latents_dir: this cache has no captions; precompute with --caption_column")
-    # A U-Net gets what Stable Diffusion's gets, the tokens alone; a DiT gets the pooled state too.
-    encoder = TextCondition(spec.captions["hidden_size"], spec.captions["shape"][0], use_pooled=is_dit)
-    if spec.captions["content"] == "hidden_states":
-        encoder.set_null(*cache.null_caption())
-    return encoder
-
-
 def unet_arguments(
     size: str | None, sample_size: int, channels: int, text_dim: int | None, condition: str
 ) -> dict[str, Any]:
@@ -161,7 +131,7 @@ def unet_arguments(
             f"--model_size {size}: latents of {sample_size} x {sample_size} cannot be halved often "
             f"enough: use a multiple of {factor} (a larger --resolution) or a smaller size"
         )
-    return unet_config(size, sample_size, channels, text_dim, condition == "class")
+    return unet_config(size, sample_size, channels, text_dim, IMAGE_CONDITIONS[condition].adds_to_unet)
 
 
 def dit_arguments(
@@ -189,18 +159,7 @@ def dit_arguments(
         "num_attention_heads": heads,
         "style": "plain" if is_plain else "modern",
         "positions": None if is_plain else "both",
-    } | condition_arguments(is_plain, hidden_size, text_dim, condition)
-
-
-def condition_arguments(is_plain: bool, hidden_size: int, text_dim: int | None, condition: str) -> dict[str, Any]:
-    """Arguments of a DiT that its condition decides."""
-    pooled_dim = {"class": hidden_size, "text": text_dim, "none": None}[condition]
-    adds_labels = is_plain and condition == "class"  # as the paper does
-    return {
-        "cross_attention_dim": text_dim,
-        "projection_class_embeddings_input_dim": None if adds_labels else pooled_dim,
-        "class_embed_type": "identity" if adds_labels else None,
-    }
+    } | IMAGE_CONDITIONS[condition].dit_arguments(is_plain, hidden_size, text_dim)
 
 
 MODELS = {"unet": unet_arguments, "dit": dit_arguments}

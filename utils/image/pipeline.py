@@ -6,145 +6,166 @@ StableDiffusionPipeline.
 """
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.modeling_utils import ModelMixin
 
-from utils.diffusion import conditions, guidance, pipelines
+from utils.diffusion.conditions import TextCondition
 from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.diffusion.pipelines import LatentDiffusionPipeline
 from utils.diffusion.sampling import is_flow, sampling_scheduler
 from utils.errors import UserError
-from utils.files import read_json, write_json, write_text
+from utils.files import read_json
 from utils.image import codec as codecs
-from utils.image import pixel_codec
+from utils.image.pixel_codec import PixelCodec
 from utils.image.text import load_text_encoder
 from utils.latents.spec import LatentSpec, Normalisation
-from utils.models import attention, dit
-from utils.runs.load import check_weights, find_run, load_denoiser, load_settings, use_average
-from utils.training import lora
+from utils.models.dit import DiT
+from utils.runs import save
+from utils.runs.load import RunFolder, check_guide, check_weights, same_weights
+from utils.runs.save import ModelCard, component_name
+
+UTILS = Path(__file__).parent.parent
+# Our own classes travel with a run: file -> its name there. Each imports torch, diffusers and its siblings only.
+TRAVELS = {
+    "diffusion/pipelines": "pipelines.py",
+    "diffusion/conditions": "conditions.py",
+    "diffusion/guidance": "guidance.py",
+    "models/dit": "latent_dit.py",  # not dit.py: diffusers would look for the class in its own pipeline of that name
+    "models/attention": "attention.py",
+    "image/pixel_codec": "pixel_codec.py",
+}
 
 
-@dataclass
-class FrozenParts:
-    """What a run uses and does not train."""
-
-    vae: ModelMixin
-    normalisation: Normalisation  # of the VAE as it is here, after folding
-    scheduler: SchedulerMixin  # of the training objective
-    text_encoder: Any = None
-    tokenizer: Any = None
+def copy_files(folder: Path, *files: str) -> None:
+    """Copies some of the files that travel."""
+    for file in files:
+        shutil.copy(UTILS / f"{file}.py", folder / TRAVELS[file])
 
 
-def load_frozen_parts(
-    spec: LatentSpec, normalisation: Normalisation, scheduler: SchedulerMixin, with_text: bool = False
-) -> FrozenParts:
-    """Loads the models that made a cache, and checks that their weights still are the ones that made it."""
-    vae = codecs.load_vae(spec.vae)
-    check_weights(vae, spec.vae, spec.fingerprint["vae"]["sha256"])
-    of_vae = Normalisation.of_vae(vae.config, spec.shape[0])
-    if codecs.is_foldable(vae) and not (normalisation == of_vae and of_vae.is_plain_scaling()):
-        vae = codecs.fold_normalisation(vae, normalisation)
-        normalisation = Normalisation.of_vae(vae.config, spec.shape[0])
-    tokenizer = text_encoder = None
-    if with_text and spec.text_encoder:
-        source = spec.text_encoder
-        tokenizer, text_encoder = load_text_encoder(str(source["name"]), str(source["library"]), source["tokenizer"])
-        check_weights(text_encoder, str(source["name"]), spec.fingerprint["text_encoder"]["sha256"])
-    return FrozenParts(vae, normalisation, scheduler, text_encoder, tokenizer)
+def class_in(file: str, class_name: str) -> list[str]:
+    """How `model_index.json` names a class in a file that travels."""
+    return [Path(TRAVELS[file]).stem, class_name]
 
 
-def component_name(model: ModelMixin) -> str:
-    """The folder of the denoiser, as diffusers names it."""
-    return "unet" if isinstance(model, UNet2DConditionModel) else "transformer"
-
-
-def make_pipeline(denoiser: ConditionalDenoiser, parts: FrozenParts) -> LatentDiffusionPipeline:
-    """A pipeline around the live denoiser, for validation."""
+def make_pipeline(
+    denoiser: ConditionalDenoiser,
+    *,
+    vae: ModelMixin,
+    normalisation: Normalisation,
+    scheduler: SchedulerMixin,
+    text_encoder: Any = None,
+    tokenizer: Any = None,
+) -> LatentDiffusionPipeline:
+    """A pipeline around a denoiser, with the default sampler of the noise schedule that `scheduler` has."""
     return LatentDiffusionPipeline(
-        vae=parts.vae,
-        scheduler=sampling_scheduler(parts.scheduler),
+        vae=vae,
+        scheduler=sampling_scheduler(scheduler),
         conditions=denoiser.conditions,
-        latents_mean=list(parts.normalisation.mean),
-        latents_std=list(parts.normalisation.std),
-        text_encoder=parts.text_encoder,
-        tokenizer=parts.tokenizer,
+        latents_mean=list(normalisation.mean),
+        latents_std=list(normalisation.std),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
         **{component_name(denoiser.model): denoiser.model},
     )
 
 
-def save_frozen_parts(output_dir: Path, denoiser: ConditionalDenoiser, parts: FrozenParts) -> None:
-    """Writes all that a checkpoint needs beside it to be sampled."""
-    parts.vae.save_pretrained(output_dir / "vae")
-    sampling_scheduler(parts.scheduler).save_pretrained(output_dir / "scheduler")
-    if parts.text_encoder is not None:
-        parts.text_encoder.save_pretrained(output_dir / "text_encoder")
-        parts.tokenizer.save_pretrained(output_dir / "tokenizer")
-    denoiser.model.save_config(output_dir / component_name(denoiser.model))
-    denoiser.conditions.save_config(output_dir / "conditions")
-    if lora.is_adapted(denoiser.model):
-        lora.save_lora_config(denoiser, output_dir / lora.FOLDER)
-    normalisation = {"mean": parts.normalisation.mean, "std": parts.normalisation.std}
-    write_json(output_dir / "latent_normalisation.json", normalisation)
+@dataclass
+class Exporter(save.Exporter):
+    """What a run of images uses and does not train, and how its folder is written."""
 
+    text_encoder: Any = None
+    tokenizer: Any = None
 
-def is_stable_diffusion(denoiser: ConditionalDenoiser, parts: FrozenParts) -> bool:
-    """Whether the stock StableDiffusionPipeline can run this model and give the same images."""
-    return (
-        isinstance(denoiser.model, UNet2DConditionModel)
-        and isinstance(denoiser.conditions, conditions.TextCondition)
-        and not is_flow(parts.scheduler)
-        and parts.normalisation.is_plain_scaling()
-        and hasattr(parts.vae.config, "block_out_channels")
-    )
+    @classmethod
+    def of_cache(
+        cls,
+        spec: LatentSpec,
+        normalisation: Normalisation,
+        scheduler: SchedulerMixin,
+        card: ModelCard,
+        *,
+        with_text: bool = False,
+    ) -> "Exporter":
+        """With the models that made a cache, whose latents the denoiser sees normalised like this. Raises UserError
+        unless their weights still are the ones that made it.
+        """
+        vae = codecs.load_vae(spec.vae)
+        check_weights(vae, spec.vae, spec.fingerprint["vae"]["sha256"])
+        of_vae = Normalisation.of_vae(vae.config, spec.shape[0])
+        if codecs.is_foldable(vae) and not (normalisation == of_vae and of_vae.is_plain_scaling()):
+            vae = codecs.fold_normalisation(vae, normalisation)
+            normalisation = Normalisation.of_vae(vae.config, spec.shape[0])
+        tokenizer = text_encoder = None
+        if with_text and spec.text_encoder:
+            source = spec.text_encoder
+            tokenizer, text_encoder = load_text_encoder(
+                str(source["name"]), str(source["library"]), source["tokenizer"]
+            )
+            check_weights(text_encoder, str(source["name"]), spec.fingerprint["text_encoder"]["sha256"])
+        return cls(vae, normalisation, scheduler, card, text_encoder=text_encoder, tokenizer=tokenizer)
 
-
-def export_run(output_dir: Path, denoiser: ConditionalDenoiser, parts: FrozenParts, card: str) -> None:
-    """Writes the trained weights, the model card and, last, `model_index.json`. Adapters are merged into the weights,
-    and saved apart too.
-    """
-    (output_dir / "model_index.json").unlink(missing_ok=True)  # of a run that was finished once and has gone on
-    if lora.is_adapted(denoiser.model):
-        lora.save_lora(denoiser, output_dir / lora.FOLDER)
-        denoiser = lora.merge_lora(denoiser)
-    name = component_name(denoiser.model)
-    denoiser.model.save_pretrained(output_dir / name)
-    denoiser.conditions.save_pretrained(output_dir / "conditions")
-    write_text(output_dir / "README.md", card)
-    if is_stable_diffusion(denoiser, parts):
-        pipeline = StableDiffusionPipeline(
-            vae=parts.vae,
-            text_encoder=parts.text_encoder,
-            tokenizer=parts.tokenizer,
-            unet=denoiser.model,
-            scheduler=sampling_scheduler(parts.scheduler),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+    def pipeline(self, denoiser: ConditionalDenoiser) -> LatentDiffusionPipeline:
+        """A pipeline around the live denoiser, for validation."""
+        return make_pipeline(
+            denoiser,
+            vae=self.vae,
+            normalisation=self.normalisation,
+            scheduler=self.scheduler,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
         )
-        write_json(output_dir / "model_index.json", index_of(pipeline))
-        return
-    # Our own classes travel with the run: each file holds its class and imports torch and diffusers only.
-    pipeline = make_pipeline(denoiser, parts)
-    shutil.copy(str(conditions.__file__), output_dir / "conditions" / "conditions.py")
-    for module in (pipelines, conditions, guidance):
-        shutil.copy(str(module.__file__), output_dir / Path(str(module.__file__)).name)
-    index = index_of(pipeline)
-    index["_class_name"] = ["pipelines", "LatentDiffusionPipeline"]
-    index["conditions"] = ["conditions", type(denoiser.conditions).__name__]
-    if isinstance(denoiser.model, dit.DiT):
-        # Not as dit.py: diffusers would look for the class in its own pipeline of that name.
-        shutil.copy(str(dit.__file__), output_dir / name / "latent_dit.py")
-        shutil.copy(str(attention.__file__), output_dir / name / "attention.py")
-        index[name] = ["latent_dit", "DiT"]
-    if isinstance(parts.vae, pixel_codec.PixelCodec):
-        shutil.copy(str(pixel_codec.__file__), output_dir / "vae" / "pixel_codec.py")
-        index["vae"] = ["pixel_codec", "PixelCodec"]
-    write_json(output_dir / "model_index.json", index)
+
+    def save_frozen(self, folder: Path, model: ConditionalDenoiser) -> None:
+        """Writes all that a checkpoint needs beside it to be sampled, the text encoder too."""
+        super().save_frozen(folder, model)
+        if self.text_encoder is not None:
+            self.text_encoder.save_pretrained(folder / "text_encoder")
+            self.tokenizer.save_pretrained(folder / "tokenizer")
+
+    def is_stable_diffusion(self, model: ConditionalDenoiser) -> bool:
+        """Whether the stock StableDiffusionPipeline can run this model and give the same images."""
+        return (
+            isinstance(model.model, UNet2DConditionModel)
+            and isinstance(model.conditions, TextCondition)
+            and not is_flow(self.scheduler)
+            and self.normalisation.is_plain_scaling()
+            and hasattr(self.vae.config, "block_out_channels")
+        )
+
+    def index(self, folder: Path, model: ConditionalDenoiser) -> dict[str, Any]:
+        """The content of `model_index.json`; the files of classes that diffusers does not have are copied."""
+        if self.is_stable_diffusion(model):
+            pipeline = StableDiffusionPipeline(
+                vae=self.vae,
+                text_encoder=self.text_encoder,
+                tokenizer=self.tokenizer,
+                unet=model.model,
+                scheduler=sampling_scheduler(self.scheduler),
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+            )
+            return index_of(pipeline)
+        index = index_of(self.pipeline(model))
+        copy_files(folder, "diffusion/pipelines", "diffusion/conditions", "diffusion/guidance")
+        copy_files(folder / "conditions", "diffusion/conditions")
+        index["_class_name"] = class_in("diffusion/pipelines", "LatentDiffusionPipeline")
+        index["conditions"] = class_in("diffusion/conditions", type(model.conditions).__name__)
+        if isinstance(model.model, DiT):
+            name = component_name(model.model)
+            copy_files(folder / name, "models/dit", "models/attention")
+            index[name] = class_in("models/dit", "DiT")
+        if isinstance(self.vae, PixelCodec):
+            copy_files(folder / "vae", "image/pixel_codec")
+            index["vae"] = class_in("image/pixel_codec", "PixelCodec")
+        return index
 
 
 def index_of(pipeline: DiffusionPipeline) -> dict[str, Any]:
@@ -162,45 +183,61 @@ def load_run(
     adapters of the folder `lora_dir` merged into them. Executes no code from the folder. Raises UserError, which
     names the flag, for a folder that is no run.
     """
-    run_dir, name, checkpoint = find_run(Path(path), flag)
-    denoiser = load_denoiser(run_dir, name, checkpoint, flag)
-    if ema_sigma_rel is not None:
-        use_average(denoiser, run_dir, checkpoint, ema_sigma_rel)
-    if lora_dir is not None:
-        denoiser = lora.merge_lora(lora.load_lora(denoiser, lora_dir))
-    vae = codecs.load_vae(str(run_dir / "vae"))
+    run = RunFolder.find(path, flag)
+    denoiser = run.denoiser(ema_sigma_rel, lora_dir)
+    vae = codecs.load_vae(str(run.path / "vae"))
     tokenizer = text_encoder = None
-    if (run_dir / "text_encoder").is_dir():
-        tokenizer, text_encoder = load_text_encoder(str(run_dir))
-    elif isinstance(denoiser.conditions, conditions.TextCondition):
-        raise UserError(f"--lora: {lora_dir} needs a text encoder, and {run_dir} has none; sample the fine-tuned run")
-    scheduler, normalisation = load_settings(run_dir)
-    return make_pipeline(denoiser, FrozenParts(vae, normalisation, scheduler, text_encoder, tokenizer))
+    if (run.path / "text_encoder").is_dir():
+        tokenizer, text_encoder = load_text_encoder(str(run.path))
+    elif isinstance(denoiser.conditions, TextCondition):
+        raise UserError(f"--lora: {lora_dir} needs a text encoder, and {run.path} has none; sample the fine-tuned run")
+    return make_pipeline(
+        denoiser,
+        vae=vae,
+        normalisation=run.normalisation(),
+        scheduler=run.scheduler(),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+    )
 
 
-def model_card(
-    spec: LatentSpec,
-    num_rows: int,
-    prediction_type: str,
-    num_steps: int,
-    batch_size: int,
-    use_ema: bool,
-    base: str | None = None,
-) -> str:
-    """The README.md of a run: what it is, what it was trained on, how to sample it."""
-    origin = f"Fine-tuned from {base}" if base else "Trained from scratch"
-    dataset = spec.fingerprint["dataset"]
-    name = dataset.get("name") or dataset.get("dataset_name") or "a local dataset"
-    return f"""---
-library_name: diffusers
-tags: [diffusion, latent-diffusion, {"fine-tuned" if base else "trained-from-scratch"}]
----
-# A latent diffusion model
+def load_guide(path: str, pipeline: LatentDiffusionPipeline) -> ConditionalDenoiser:
+    """The weaker run or checkpoint that guides `pipeline` (autoguidance), on the CPU, where `pipeline` still must be.
+    Raises UserError for one that was trained on something else, and for the run itself.
+    """
+    guide = load_run(path, flag="--guide_model")
+    ours, its = (ConditionalDenoiser(each.denoiser, each.conditions) for each in (pipeline, guide))
+    return check_guide(path, differences(pipeline, guide), ours, its)
 
-{origin} on {name} ({num_rows} images at {spec.fingerprint["resolution"]} pixels) for
-{num_steps} steps of {batch_size} samples per process, prediction type `{prediction_type}`,
-in the latents of `{spec.vae}`. The weights are {"their moving average" if use_ema else "the last ones"};
-`args.yaml` repeats the run.
 
-    python sample.py --model THIS_FOLDER
-"""
+def differences(pipeline: LatentDiffusionPipeline, guide: LatentDiffusionPipeline) -> Iterator[str]:
+    """What keeps the predictions of two runs from being compared. Size and architecture may differ."""
+    ours, its = (
+        {
+            "another condition": type(each.conditions).__name__,
+            "another number of classes": each.conditions.config.get("num_classes"),
+            "another shape of text (tokens, width)": (
+                each.conditions.config.get("sequence_length"),
+                each.conditions.config.get("hidden_size"),
+            ),
+            "another shape of latents (channels, size)": (
+                each.denoiser.config.in_channels,
+                each.denoiser.config.sample_size,
+            ),
+            "another prediction type": "flow" if is_flow(each.scheduler) else each.scheduler.config.prediction_type,
+            "another normalisation of latents (mean, std)": (each.config.latents_mean, each.config.latents_std),
+        }
+        for each in (pipeline, guide)
+    )
+    yield from (f"{what}: {its[what]}, not {value}" for what, value in ours.items() if its[what] != value)
+    if pipeline.conditions.config.get("label_names") != guide.conditions.config.get("label_names"):
+        yield "other names of classes"
+    if not same_weights(pipeline.vae, guide.vae):
+        # A normalisation may have been folded into the VAE: that it differs shows here only.
+        yield "another VAE, or another normalisation of its latents"
+    if not same_weights(pipeline.text_encoder, guide.text_encoder):
+        yield "another text encoder"
+    if not is_flow(pipeline.scheduler) and not torch.allclose(
+        pipeline.scheduler.alphas_cumprod, guide.scheduler.alphas_cumprod
+    ):
+        yield "another noise schedule"

@@ -89,6 +89,18 @@ def fingerprint_of(args: Namespace, source: Source, encoders: Encoders) -> dict[
     } | source.part()
 
 
+def build_cache(args: Namespace, accelerator: Accelerator, cache_dir: Path) -> LatentSpec:
+    """The cache, or the part of it, that `precompute_latents.py` is asked for: as `build_latent_cache` makes it."""
+    return build_latent_cache(args, accelerator, cache_dir, (args.part_index, args.num_parts))
+
+
+def facts_of(spec: LatentSpec) -> list[str]:
+    """What a cache of images holds beside latents, for a reader."""
+    captions, labels = spec.captions, spec.labels
+    facts = [f"{captions['count']} distinct captions ({captions['content']})"] if captions else []
+    return facts + ([f"{labels['num_classes']} classes"] if labels else [])
+
+
 def build_latent_cache(
     args: Namespace, accelerator: Accelerator, cache_dir: Path, part: tuple[int, int] = (0, 1)
 ) -> LatentSpec:

@@ -1,25 +1,27 @@
-"""What `sample.py` was asked for: prompts, labels or nothing, checked against the run and written beside the
-images.
+"""What a run of images is asked for: prompts, labels or nothing, checked against the run, sampled, and written beside
+the images.
 """
 
 import json
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import yaml
 from PIL import Image
 
-from utils.diffusion.denoiser import ConditionalDenoiser
+from utils.diffusion.conditions import NoCondition
 from utils.diffusion.pipelines import LatentDiffusionPipeline
-from utils.diffusion.sampling import batches, checked_guidance, image_generators, is_flow
+from utils.diffusion.sampling import batches, image_generators
 from utils.errors import UserError
 from utils.files import write_text
-from utils.image.pictures import save_png
-from utils.image.pipeline import load_run
-from utils.runs.load import same_weights
+from utils.image.conditions import condition_of
+from utils.image.modality import IMAGE
+from utils.image.pictures import labelled_grid, save_png
+from utils.image.pipeline import load_guide, load_run
+from utils.runs import sampler as base
+from utils.runs.sampler import Request
 
 
 def read_prompts(path: str | None) -> list[str]:
@@ -45,145 +47,13 @@ def requested_images(
     Without any, a text-to-image run takes its validation prompts, a class-conditional one every class. Raises
     UserError for what the run was not trained on.
     """
-    kind = type(pipeline.conditions).__name__
-    if kind != "TextCondition" and (prompts or negative_prompt is not None):
-        trained = (
-            "class-conditional: use --class_labels" if kind == "ClassCondition" else "unconditional: leave it out"
-        )
-        flag = "--prompt" if prompts else "--negative_prompt"
-        raise UserError(f"{flag}: the run {run_dir} takes no prompts, it is {trained}")
-    if kind != "ClassCondition" and class_labels:
-        trained = "text-to-image: use --prompt" if kind == "TextCondition" else "unconditional: leave it out"
-        raise UserError(f"--class_labels: the run {run_dir} takes no labels, it is {trained}")
-    if kind == "TextCondition":
-        prompts = prompts or validation_prompts(run_dir)
-        negative = {} if negative_prompt is None else {"negative_prompt": negative_prompt}
-        return [{"prompt": prompt} | negative for prompt in prompts]
-    if kind == "ClassCondition":
-        num_classes = pipeline.conditions.config.num_classes
-        for label in class_labels or []:
-            if label >= num_classes:
-                raise UserError(f"--class_labels: {label}, but the classes of {run_dir} are 0 to {num_classes - 1}")
-        return [{"class_labels": label} for label in class_labels or range(num_classes)]
-    return [{}]
-
-
-def validation_prompts(run_dir: Path) -> list[str]:
-    """The validation prompts a run was trained with. Raises UserError if there are none."""
-    path = next(
-        (folder / "args.yaml" for folder in (run_dir, run_dir.parent) if (folder / "args.yaml").is_file()), None
-    )
-    prompts = yaml.safe_load(path.read_text(encoding="utf-8")).get("validation_prompts") if path else None
-    if not prompts:
-        raise UserError(f"--prompt: the run {run_dir} is text-to-image; give --prompt or --prompts_file")
-    return prompts
-
-
-def load_guide(path: str, pipeline: LatentDiffusionPipeline) -> ConditionalDenoiser:
-    """The weaker run or checkpoint that guides `pipeline` (autoguidance), on the CPU, where `pipeline` still must be.
-    Raises UserError for one that was trained on something else, and for the run itself.
-    """
-    guide = load_run(path, flag="--guide_model")
-    found = difference(pipeline, guide)
-    if found:
-        raise UserError(f"--guide_model: {path} has {found}; give a weaker run on the same latents and conditions")
-    if same_weights(pipeline.denoiser, guide.denoiser) and same_weights(pipeline.conditions, guide.conditions):
-        raise UserError(f"--guide_model: {path} has the weights of --model, and nothing leads away from itself")
-    return ConditionalDenoiser(guide.denoiser, guide.conditions).eval()
-
-
-def difference(pipeline: LatentDiffusionPipeline, guide: LatentDiffusionPipeline) -> str | None:
-    """What keeps the predictions of two runs from being compared; None if nothing does. Size and architecture may
-    differ.
-    """
-    ours, its = (
-        {
-            "another condition": type(each.conditions).__name__,
-            "another number of classes": each.conditions.config.get("num_classes"),
-            "another shape of text (tokens, width)": (
-                each.conditions.config.get("sequence_length"),
-                each.conditions.config.get("hidden_size"),
-            ),
-            "another shape of latents (channels, size)": (
-                each.denoiser.config.in_channels,
-                each.denoiser.config.sample_size,
-            ),
-            "another prediction type": "flow" if is_flow(each.scheduler) else each.scheduler.config.prediction_type,
-            "another normalisation of latents (mean, std)": (each.config.latents_mean, each.config.latents_std),
-        }
-        for each in (pipeline, guide)
-    )
-    for what, value in ours.items():
-        if its[what] != value:
-            return f"{what}: {its[what]}, not {value}"
-    label_names = [each.conditions.config.get("label_names") for each in (pipeline, guide)]
-    same = {
-        "other names of classes": label_names[0] == label_names[1],
-        # A normalisation may have been folded into the VAE: that it differs shows here only.
-        "another VAE, or another normalisation of its latents": same_weights(pipeline.vae, guide.vae),
-        "another text encoder": same_weights(pipeline.text_encoder, guide.text_encoder),
-        "another noise schedule": is_flow(pipeline.scheduler)
-        or torch.allclose(pipeline.scheduler.alphas_cumprod, guide.scheduler.alphas_cumprod),
-    }
-    return next((what for what, holds in same.items() if not holds), None)
-
-
-def guidance_settings(
-    pipeline: LatentDiffusionPipeline,
-    guidance_scale: float | None,
-    guidance_interval: list[float],
-    guidance_rescale: float,
-    num_inference_steps: int,
-    with_guide: bool,
-    with_negative_prompt: bool,
-) -> dict[str, Any]:
-    """Arguments of `pipeline`, with the default scale: 7.5; 2 with a guide; 1 = off for an unconditional run without
-    one. Raises UserError for guidance that contradicts itself or would do nothing.
-    """
-    can_guide = with_guide or type(pipeline.conditions).__name__ != "NoCondition"
-    if guidance_scale is None:
-        guidance_scale = (2.0 if with_guide else 7.5) if can_guide else 1.0
-    elif guidance_scale != 1 and not can_guide:
-        raise UserError(
-            f"--guidance_scale {guidance_scale:g}: the run is unconditional, there is nothing to guide towards; "
-            "leave it out or give --guide_model"
-        )
-    return checked_guidance(
-        pipeline.scheduler,
-        guidance_scale,
-        guidance_interval,
-        guidance_rescale,
-        num_inference_steps,
-        with_guide,
-        with_negative_prompt,
-    )
-
-
-def sample(
-    pipeline: LatentDiffusionPipeline,
-    wanted: list[dict[str, Any]],
-    settings: dict[str, Any],
-    seed: int,
-    batch_size: int,
-    mixed_precision: str,
-    guide_model: ConditionalDenoiser | None = None,
-) -> Iterator[list[Image.Image]]:
-    """Images for the requests, a batch at a time; number i has seed `seed` + i. Raises UserError where the run gives
-    values that are not finite.
-    """
-    dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
-    for first, batch in batches(wanted, batch_size):
-        generators = image_generators(seed, first, len(batch))
-        with torch.autocast(pipeline.device.type, dtype=dtype, enabled=dtype is not None):
-            arguments = merge(batch) | settings
-            images = pipeline(**arguments, guide_model=guide_model, generator=generators, output_type="np").images
-        faulty = [first + i for i, image in enumerate(images) if not np.isfinite(image).all()]
-        if faulty:
-            raise UserError(
-                f"--model: image {faulty[0]} holds NaN or infinite values; try --mixed_precision no or a lower "
-                "--guidance_scale, and if that does not help an earlier checkpoint: the weights are damaged"
-            )
-        yield pipeline.image_processor.numpy_to_pil(images)  # (B, H, W, 3) in [0, 1]
+    row = condition_of(pipeline.conditions)
+    given = {"--prompt": prompts or None, "--negative_prompt": negative_prompt, "--class_labels": class_labels or None}
+    for flag, value in given.items():
+        if value is not None and flag not in row.flags:
+            what = "labels" if flag == "--class_labels" else "prompts"
+            raise UserError(f"{flag}: the run {run_dir} takes no {what}, it is {row.trained}")
+    return row.asked(given, pipeline.conditions, run_dir)
 
 
 def merge(batch: Any) -> dict[str, Any]:
@@ -193,24 +63,75 @@ def merge(batch: Any) -> dict[str, Any]:
     return {name: [request[name] for request in batch] for name in batch[0]}
 
 
-def names(pipeline: LatentDiffusionPipeline, requests: list[dict[str, Any]]) -> list[str]:
-    """A short name of each request, for the grid."""
-    label_names = pipeline.conditions.config.get("label_names")
-    labels = [request.get("class_labels") for request in requests]
-    return [
-        request.get("prompt", "") if label is None else (label_names[label] if label_names else str(label))
-        for request, label in zip(requests, labels, strict=True)
-    ]
-
-
 def save_images(
-    output_dir: Path, images: list[Image.Image], requests: list[dict[str, Any]], settings: dict[str, Any], seed: int
+    output_dir: Path, images: list[Image.Image], requests: Sequence[Request], settings: dict[str, Any], seed: int
 ) -> None:
     """00000.png, 00001.png, ... with their parameters inside, and the same in samples.jsonl."""
     lines = []
     for i, (image, request) in enumerate(zip(images, requests, strict=True)):
-        parameters = request | settings | {"seed": seed + i}
+        parameters = dict(request) | settings | {"seed": seed + i}
         file_name = f"{i:05d}.png"
         save_png(image, output_dir / file_name, parameters)
         lines.append(json.dumps({"file_name": file_name} | parameters, ensure_ascii=False) + "\n")
     write_text(output_dir / "samples.jsonl", "".join(lines))
+
+
+class Sampler(base.Sampler):
+    """A run of images that is ready to be sampled. A request is the arguments of the pipeline for one image."""
+
+    modality = IMAGE
+    load_run = staticmethod(load_run)
+    load_guide = staticmethod(load_guide)
+    nothing_to_guide = (
+        "the run is unconditional, there is nothing to guide towards; leave it out or give --guide_model"
+    )
+    num_images_per_prompt = 1  # images in a row of the grid, before requests were read from flags
+
+    def requests(self, args: Namespace) -> list[dict[str, Any]]:
+        """--num_images_per_prompt times each of --prompt, --prompts_file or --class_labels."""
+        prompts = (args.prompt or []) + read_prompts(args.prompts_file)
+        asked = requested_images(self.pipeline, self.run_dir, prompts, args.class_labels, args.negative_prompt)
+        self.guidance(asked)
+        self.num_images_per_prompt = args.num_images_per_prompt
+        return [each for each in asked for _ in range(args.num_images_per_prompt)]
+
+    def can_guide(self, requests: Sequence[Request]) -> bool:
+        """Whether the run has a condition: each request of such a run names one."""
+        return not isinstance(self.pipeline.conditions, NoCondition)
+
+    def has_negative_prompt(self, requests: Sequence[Request]) -> bool:
+        """Whether the requests name what guidance leads away from."""
+        return any("negative_prompt" in request for request in requests)
+
+    def sample(
+        self, requests: Sequence[Request], seed: int, batch_size: int, mixed_precision: str
+    ) -> Iterator[list[Image.Image]]:
+        """Images for the requests, a batch at a time; number i has seed `seed` + i. Raises UserError where the run
+        gives values that are not finite.
+        """
+        self.pipeline.set_progress_bar_config(disable=True)
+        settings = self.guidance(requests).arguments()
+        for first, batch in batches(requests, batch_size):
+            generators = image_generators(seed, first, len(batch))
+            arguments = merge(batch) | settings
+            with self.autocast(mixed_precision):
+                images = self.pipeline(
+                    **arguments, guide_model=self.guide, generator=generators, output_type="np"
+                ).images
+            faulty = [first + i for i, image in enumerate(images) if not np.isfinite(image).all()]
+            if faulty:
+                raise UserError(
+                    f"--model: image {faulty[0]} holds NaN or infinite values; try --mixed_precision no or a lower "
+                    "--guidance_scale, and if that does not help an earlier checkpoint: the weights are damaged"
+                )
+            yield self.pipeline.image_processor.numpy_to_pil(images)  # (B, H, W, 3) in [0, 1]
+
+    def save(self, folder: Path, samples: list[Image.Image], requests: Sequence[Request], seed: int) -> str:
+        """Writes PNGs that carry their parameters, samples.jsonl and grid.png, with a row for each prompt or label."""
+        save_images(folder, samples, requests, self.settings(requests), seed)
+        count = self.num_images_per_prompt
+        rows = [samples[i : i + count][:10] for i in range(0, len(samples), count)]
+        encoder = self.pipeline.conditions
+        names = [condition_of(encoder).title(request, encoder) for request in requests[::count]]
+        labelled_grid(rows[:50], names[:50]).save(folder / "grid.png")
+        return f"{len(samples)} images and grid.png in {folder}"

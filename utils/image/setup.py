@@ -6,39 +6,49 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from accelerate import Accelerator
+import torch
 from accelerate.utils import gather_object
+from diffusers import SchedulerMixin
 
 from utils import frozen
+from utils.diffusion.conditions import encode_text
+from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.errors import UserError
 from utils.files import sha256_json
 from utils.image import codec as codecs
+from utils.image import networks
+from utils.image.cache import ImageCache
 from utils.image.data.pixels import BACKGROUNDS, Framing
 from utils.image.data.rows import resolve_columns, undecoded
 from utils.image.data.sources import dataset_identity, open_image_dataset
 from utils.image.data.stream import ImageStream
+from utils.image.evaluation.features import load_features
+from utils.image.pipeline import Exporter
 from utils.image.precompute import build_latent_cache
 from utils.image.text import load_text_encoder
 from utils.image.vae.network import VAE_PRESETS
-from utils.latents.cache import LatentCache
+from utils.image.validation import SampleDistance
 from utils.latents.parts import pool, readers_of, unevenness
 from utils.latents.spec import LatentSpec, check_fingerprint
-from utils.training.held_out import in_fixed_order
+from utils.runs.save import ModelCard
+from utils.training.held_out import HeldOut, in_fixed_order
+from utils.training.optimizers import enable_xformers
+from utils.training.run import Run
 
 logger = logging.getLogger(__name__)
 
 
-def open_cache(args: Namespace, accelerator: Accelerator, output_dir: Path) -> LatentCache:
+def open_cache(args: Namespace, run: Run) -> ImageCache:
     """The cache of `--latents_dir`, made first if dataset flags are given. Raises UserError if it is not the one asked
     for.
     """
     if args.dataset_name or args.train_data_dir:
-        cache_dir = Path(args.latents_dir or output_dir / "latents")
-        build_latent_cache(args, accelerator, cache_dir)
-        return LatentCache(cache_dir, args.latent_normalisation)
+        cache_dir = Path(args.latents_dir or run.folder / "latents")
+        build_latent_cache(args, run.accelerator, cache_dir)
+        return ImageCache(cache_dir, args.latent_normalisation)
     if not args.latents_dir:
         raise UserError("give --latents_dir (a latent cache), or --dataset_name or --train_data_dir to make one")
-    folder = args.latents_dir.replace("{process}", str(accelerator.process_index))
+    folder = args.latents_dir.replace("{process}", str(run.accelerator.process_index))
     specs = gather_specs(folder)
     spec = pool(specs)
     if spec.kind != "image":
@@ -52,10 +62,10 @@ def open_cache(args: Namespace, accelerator: Accelerator, output_dir: Path) -> L
     if spec.text_encoder:
         args.pretrained_text_encoder_name_or_path = spec.text_encoder["name"]
         args.text_encoder_library, args.tokenizer_name = spec.text_encoder["library"], spec.text_encoder["tokenizer"]
-    cache = LatentCache(folder, args.latent_normalisation)
+    cache = ImageCache(folder, args.latent_normalisation)
     if "part" in spec.fingerprint:
         parts = [each.fingerprint["part"]["index"] for each in specs]
-        reader = readers_of(parts, args.train_batch_size)[accelerator.process_index]
+        reader = readers_of(parts, args.train_batch_size)[run.accelerator.process_index]
         cache.join_parts(spec, args.latent_normalisation, reader)
         logger.info(
             "%d parts, read by %d processes; rows of the smallest are seen %.1f %% more often than of the largest",
@@ -118,6 +128,79 @@ def asked_of_cache(args: Namespace, spec: LatentSpec) -> dict[str, Any]:
         _, text_encoder = load_text_encoder(name, args.text_encoder_library, args.tokenizer_name)
         asked["text_encoder"] = frozen.describe(text_encoder, name)
     return asked
+
+
+def make_denoiser(args: Namespace, run: Run, cache: ImageCache, condition: str) -> ConditionalDenoiser:
+    """The denoiser of the model flags, with xformers' attention where it is asked for."""
+    denoiser = networks.build_denoiser(args, cache, condition)
+    if args.enable_xformers_memory_efficient_attention:
+        enable_xformers(denoiser.model, run.device)
+    return denoiser
+
+
+def make_exporter(args: Namespace, cache: ImageCache, scheduler: SchedulerMixin, condition: str) -> Exporter:
+    """What writes the run's folder, with the models that made a cache; the text encoder where the condition is text.
+    Raises UserError if they have other weights now.
+    """
+    spec = cache.spec
+    dataset = spec.fingerprint["dataset"]
+    name = dataset.get("name") or dataset.get("dataset_name") or "a local dataset"
+    num_rows = spec.num_rows - (args.num_validation_samples or 0)
+    card = ModelCard(
+        title="A latent diffusion model",
+        data=f"{name} ({num_rows} images at {spec.fingerprint['resolution']} pixels)",
+        settings=f" of {args.train_batch_size} samples per process, prediction type `{args.prediction_type}`,\n"
+        f"in the latents of `{spec.vae}`",
+        base=args.pretrained_model_name_or_path,
+        use_ema=args.use_ema,
+        example="python sample.py --model THIS_FOLDER",
+        library_name="diffusers",
+        breaks=(" ", "\n"),
+    )
+    return Exporter.of_cache(spec, cache.normalisation, scheduler, card, with_text=condition == "text")
+
+
+def text_encoder_in_loop(
+    cache: ImageCache, exporter: Exporter, denoiser: ConditionalDenoiser, device: torch.device
+) -> Any:
+    """The text encoder, on the device, of a cache that holds token ids; the denoiser then gets its null caption. None
+    where the cache holds the states.
+    """
+    if cache.caption_content != "input_ids":
+        return None
+    exporter.text_encoder.to(device)
+    null = encode_text(exporter.tokenizer, exporter.text_encoder, [""])
+    denoiser.conditions.set_null(null["encoder_hidden_states"][0], int(null["num_tokens"][0]))
+    return exporter.text_encoder
+
+
+def grid_settings(args: Namespace) -> dict[str, Any]:
+    """How validation grids are sampled."""
+    return {
+        "num_images": args.num_validation_images,
+        "guidance_scale": args.validation_guidance_scale,
+        "num_inference_steps": args.validation_inference_steps,
+    }
+
+
+def make_sample_distance(
+    args: Namespace, run: Run, exporter: Exporter, held_out: HeldOut | None, condition: str
+) -> SampleDistance | None:
+    """The distance of samples from held-out images; None without --eval_features."""
+    if held_out is None or not args.eval_features:
+        return None
+    return SampleDistance(
+        run,
+        exporter,
+        held_out,
+        load_features(args.eval_features, run.device, "--eval_features"),
+        metric=args.eval_metric,
+        num_images=args.num_eval_images,
+        condition=condition,
+        guidance_scale=args.eval_guidance_scale,
+        num_inference_steps=args.validation_inference_steps,
+        batch_size=args.eval_batch_size,
+    )
 
 
 class ImageData(NamedTuple):

@@ -1,8 +1,7 @@
-"""Samples on the way: grids to look at, and how far samples are from held-out images."""
+"""Samples while training: grids to look at, and their distance from held-out images."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,19 +15,22 @@ from utils.diffusion.pipelines import LatentDiffusionPipeline
 from utils.diffusion.sampling import fault_of_steps, image_generators, sampling_scheduler
 from utils.errors import UserError
 from utils.image.args.validation import DEFAULT_EVAL_IMAGES
+from utils.image.cache import ImageCache
+from utils.image.conditions import IMAGE_CONDITIONS
 from utils.image.evaluation.features import Features
 from utils.image.evaluation.metrics import Statistics, frechet_distance, polynomial_kernel, squared_mmd
 from utils.image.pictures import labelled_grid
-from utils.image.pipeline import FrozenParts, make_pipeline
+from utils.image.pipeline import Exporter
 from utils.image.sampler import merge
 from utils.training.held_out import HeldOut, share_of
+from utils.training.run import Run
 from utils.training.step_log import show_picture
 
 
 @contextmanager
-def on_device(accelerator: Accelerator, frozen: FrozenParts) -> Iterator[None]:
+def on_device(accelerator: Accelerator, exporter: Exporter) -> Iterator[None]:
     """The frozen parts on the device, and afterwards where they were: the memory belongs to training."""
-    parts = [part for part in (frozen.vae, frozen.text_encoder) if part is not None]
+    parts = [part for part in (exporter.vae, exporter.text_encoder) if part is not None]
     homes = [part.device for part in parts]
     try:
         for part in parts:
@@ -41,9 +43,9 @@ def on_device(accelerator: Accelerator, frozen: FrozenParts) -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
-def quiet_pipeline(model: ConditionalDenoiser, frozen: FrozenParts) -> LatentDiffusionPipeline:
+def quiet_pipeline(model: ConditionalDenoiser, exporter: Exporter) -> LatentDiffusionPipeline:
     """A pipeline around the live model, without a progress bar."""
-    pipeline = make_pipeline(model, frozen)
+    pipeline = exporter.pipeline(model)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -55,18 +57,12 @@ class Grids:
     """
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        frozen: FrozenParts,
-        folder: Path,
-        num_images: int,
-        guidance_scale: float,
-        num_inference_steps: int,
+        self, run: Run, exporter: Exporter, *, num_images: int, guidance_scale: float, num_inference_steps: int
     ):
-        fault = fault_of_steps(sampling_scheduler(frozen.scheduler), num_inference_steps)
+        fault = fault_of_steps(sampling_scheduler(exporter.scheduler), num_inference_steps)
         if fault:
             raise UserError(f"--validation_inference_steps {num_inference_steps}: {fault}; use 20, 25 or 50")
-        self.accelerator, self.frozen, self.folder = accelerator, frozen, folder
+        self.accelerator, self.exporter, self.folder = run.accelerator, exporter, run.folder / "samples"
         self.settings: dict[str, Any] = {
             "guidance_scale": guidance_scale,
             "num_inference_steps": num_inference_steps,
@@ -92,10 +88,10 @@ class Grids:
 
     def sample(self, model: ConditionalDenoiser, conditions: list[dict[str, Any]]) -> list[list[Any]]:
         """A row of images for each condition."""
-        pipeline = quiet_pipeline(model, self.frozen)
+        pipeline = quiet_pipeline(model, self.exporter)
         count = self.settings["num_images_per_prompt"]
         rows = []
-        with on_device(self.accelerator, self.frozen), self.accelerator.autocast():
+        with on_device(self.accelerator, self.exporter), self.accelerator.autocast():
             for row, condition in enumerate(conditions):
                 generators = image_generators(0, row * count, count)
                 rows.append(pipeline(**condition, **self.settings, generator=generators).images)
@@ -117,17 +113,6 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], float]] = {"kid": kid, "fid": fi
 EVALUATION_SEED = 0
 
 
-def held_out_requests(held_out: HeldOut, condition: str, count: int) -> list[dict[str, Any]]:
-    """The pipeline's arguments for the captions or labels of the first `count` held-out rows."""
-    rows = held_out.rows[:count]
-    if condition == "text":
-        return [{"prompt": caption} for caption in held_out.cache.first_captions(rows)]
-    if condition == "class":
-        assert held_out.cache.class_labels is not None
-        return [{"class_labels": int(label)} for label in held_out.cache.class_labels[rows]]
-    return [{}] * count
-
-
 class SampleDistance:
     """How far images for the conditions of held-out rows are from those rows, which the VAE decodes too, so that the
     figure is about the denoiser alone. `metric` is one of `DISTANCES`. Every evaluation starts from the same noise.
@@ -137,10 +122,11 @@ class SampleDistance:
 
     def __init__(
         self,
-        accelerator: Accelerator,
-        frozen: FrozenParts,
-        held_out: HeldOut,
+        run: Run,
+        exporter: Exporter,
+        held_out: HeldOut[ImageCache],
         features: Features,
+        *,
         metric: str,
         num_images: int | None,
         condition: str,
@@ -160,9 +146,9 @@ class SampleDistance:
                 f"covariance needs at least {features.dim + 1} images; hold out and sample more, or use --eval_metric "
                 "kid, which is unbiased however few there are"
             )
-        self.accelerator, self.frozen, self.held_out, self.features = accelerator, frozen, held_out, features
+        self.accelerator, self.exporter, self.held_out, self.features = run.accelerator, exporter, held_out, features
         self.metric, self.batch_size = metric, batch_size
-        self.requests = held_out_requests(held_out, condition, count)
+        self.requests = IMAGE_CONDITIONS[condition].requests(held_out.cache, held_out.rows[:count])
         self.settings: dict[str, Any] = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
         self.key = f"validation/{metric}_{features.kind}"
         sampling = f"guidance {guidance_scale:g}, {num_inference_steps} steps"
@@ -174,7 +160,7 @@ class SampleDistance:
         """The distance of a model in evaluation mode, None on a process without one; NaN where a sample is not finite.
         Every process calls this and learns the same.
         """
-        pipeline = None if model is None else quiet_pipeline(model, self.frozen)
+        pipeline = None if model is None else quiet_pipeline(model, self.exporter)
 
         def sampled(places: range) -> np.ndarray:
             assert pipeline is not None
@@ -187,10 +173,10 @@ class SampleDistance:
 
     def decoded(self, places: range) -> np.ndarray:
         """The images (B, H, W, 3) in [0, 1] that the VAE makes of the means of held-out latents."""
-        cache, vae = self.held_out.cache, self.frozen.vae
+        cache, vae = self.held_out.cache, self.exporter.vae
         moments = cache.gather(self.held_out.rows[places.start : places.stop])["latents"].float()
         latents = cache.normalisation.normalise(moments[:, 0])  # (B, C, h, w), as the denoiser would give them
-        raw_latents = self.frozen.normalisation.denormalise(latents).to(vae.device, vae.dtype)
+        raw_latents = self.exporter.normalisation.denormalise(latents).to(vae.device, vae.dtype)
         images = vae.decode(raw_latents, return_dict=False)[0].float()
         return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
 
@@ -201,7 +187,7 @@ class SampleDistance:
         """
         share = share_of(self.accelerator, len(self.requests))
         found = [torch.empty(0, self.features.dim)]
-        with on_device(self.accelerator, self.frozen):
+        with on_device(self.accelerator, self.exporter):
             for first in range(share.start, share.stop, self.batch_size):
                 with self.accelerator.autocast():  # which is not for the network that makes the features
                     images = make(range(first, min(first + self.batch_size, share.stop)))

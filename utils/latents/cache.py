@@ -1,16 +1,19 @@
 """Reading the latent cache: a `datasets` dataset in Arrow shards, and the spec that says what is in it.
 
     CACHE/latent_spec.json    written last: a cache without it is not finished
-    CACHE/latents/            one row an image: raw latents, label, captions and their ids
-    CACHE/captions/           one row a distinct caption: text-encoder states or token ids
-    CACHE/skipped.jsonl       the images that could not be read, and why
+    CACHE/latents/            one row a sample: raw latents, and what else is known of it
+    CACHE/captions/           of images with captions: one row a distinct caption
+    CACHE/skipped.jsonl       the samples that could not be read, and why
 
-Both folders open with `datasets.load_from_disk`. Raw latents are stored and normalised when read.
+The folders open with `datasets.load_from_disk`. Raw latents are stored and normalised when read.
 `utils/latents/writer.py` writes it.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any, Self
 
 import datasets
 import numpy as np
@@ -67,8 +70,13 @@ class RowGatherer:
         return torch.from_numpy(batch).view(len(rows), *self.shape)
 
 
+Draw = Callable[[str], np.ndarray]  # the name of a draw -> a number in [0, 1) for each row (B,) of a batch
+
+
 class LatentCache:
-    """An open latent cache: `gather(rows, ...)` and `normalise(batch, draws)`."""
+    """An open latent cache: `gather(rows, draw)` and `normalise(batch, draws)`. What a modality stores beside the
+    latents is read by its subclass.
+    """
 
     reader: PartReader | None = None  # of a whole cache there is none
 
@@ -84,9 +92,6 @@ class LatentCache:
         planes = 2 if self.spec.content == "moments" else 1
         shape = (planes, *self.spec.shape)
         self.latents = [RowGatherer(table, column, shape) for column in self.spec.variants()]
-        self.class_labels = table.data.column("label").to_numpy() if self.spec.labels else None
-        if self.spec.captions:
-            self._open_captions(table, Path(cache_dir) / "captions")
         self.num_rows = len(table)  # here; `spec.num_rows` counts all parts
 
     def join_parts(self, whole: LatentSpec, normalisation: str, reader: PartReader) -> None:
@@ -94,26 +99,11 @@ class LatentCache:
         self.spec, self.reader = whole, reader
         self.normalisation = Normalisation(**{k: tuple(v) for k, v in whole.normalisation[normalisation].items()})
 
-    def like(self, cache_dir: str | Path) -> "LatentCache":
-        """The cache of another split of the same data, normalised as this one."""
-        other = type(self)(cache_dir)
+    def like(self, cache_dir: str | Path, **more: Any) -> Self:
+        """The cache of another split of the same data, normalised as this one; `more` is what its class takes."""
+        other = type(self)(cache_dir, **more)
         other.normalisation = self.normalisation
         return other
-
-    def _open_captions(self, table: datasets.Dataset, folder: Path) -> None:
-        assert self.spec.captions is not None
-        ids = table.data.column("caption_id").combine_chunks()
-        captions = open_table(folder)
-        known = captions.data.column("caption_id").to_numpy()
-        order = np.argsort(known)
-        # Row of the caption table for each (image, caption) pair, and where each image's captions begin.
-        self.caption_rows = order[np.searchsorted(known[order], ids.flatten().to_numpy())]
-        self.caption_starts = ids.offsets.to_numpy().astype(np.int64)
-        self.caption_starts -= self.caption_starts[0]
-        self.num_tokens = captions.data.column("num_tokens").to_numpy()
-        self.caption_texts = captions.data.column("caption")
-        self.caption_content = self.spec.captions["content"]
-        self.caption_states = RowGatherer(captions, self.caption_content, tuple(self.spec.captions["shape"]))
 
     def __len__(self) -> int:
         return self.num_rows
@@ -124,41 +114,20 @@ class LatentCache:
             return self.spec.identity()
         return f"{self.spec.identity()}, in parts, by {self.reader.num_processes} x {self.reader.batch_size}"
 
-    def gather(
-        self, rows: np.ndarray, variant_draw: np.ndarray | None = None, caption_draw: np.ndarray | None = None
-    ) -> dict[str, Tensor]:
-        """A batch of rows (B,). `variant_draw` (B,) in [0, 1) picks a mirrored or translated encode of each (the first
-        without it), `caption_draw` (B,) in [0, 1) a caption.
+    def gather(self, rows: np.ndarray, draw: Draw | None = None) -> dict[str, Tensor]:
+        """A batch of rows (B,). Where more than one encode of each is stored (mirrored, translated), `draw("flip")`
+        picks one; without `draw` it is the first.
         """
-        moments = self.latents[0](rows)  # (B, planes, C, H, W)
-        if variant_draw is not None and len(self.latents) > 1:
-            variants = (variant_draw * len(self.latents)).astype(np.int64)
+        moments = self.latents[0](rows)  # (B, planes, ...)
+        if draw is not None and len(self.latents) > 1:
+            share = 1 - 2.0**-53 - draw("flip")  # below a half of the draw: mirrored
+            variants = (share * len(self.latents)).astype(np.int64)
             for variant, latents in enumerate(self.latents[1:], start=1):
                 moments[torch.from_numpy(variants == variant)] = latents(rows[variants == variant])
-        batch = {"latents": moments}
-        if self.class_labels is not None:
-            batch["class_labels"] = torch.from_numpy(self.class_labels[rows])
-        if self.spec.captions:
-            counts = self.caption_starts[rows + 1] - self.caption_starts[rows]
-            chosen = 0 if caption_draw is None else (caption_draw * counts).astype(np.int64)
-            captions = self.caption_rows[self.caption_starts[rows] + chosen]
-            name = "input_ids" if self.caption_content == "input_ids" else "encoder_hidden_states"
-            batch[name] = self.caption_states(captions)
-            batch["num_tokens"] = torch.from_numpy(self.num_tokens[captions])
-        return batch
-
-    def first_captions(self, rows: np.ndarray) -> list[str]:
-        """The text of the first caption of each of the rows (B,)."""
-        return self.caption_texts.take(self.caption_rows[self.caption_starts[rows]]).to_pylist()
-
-    def null_caption(self) -> tuple[Tensor, int]:
-        """What is stored for the empty caption, (S, D) states or (S,) token ids, and its count of real tokens. Always
-        row 0.
-        """
-        return self.caption_states(np.array([0]))[0], int(self.num_tokens[0])
+        return {"latents": moments}
 
     def normalise(self, batch: dict[str, Tensor], draws: SampleDraws) -> Tensor:
-        """The latents (B, C, H, W) that the denoiser sees; of moments a fresh sample of the posterior each time."""
+        """The latents (B, ...) that the denoiser sees; of moments a fresh sample of the posterior each time."""
         moments = batch["latents"].float()
         raw_latents = moments[:, 0]
         if self.spec.content == "moments":
@@ -169,7 +138,7 @@ class LatentCache:
 class LatentStream(torch.utils.data.Dataset):
     """The endless stream of training samples: position -> sample, a pure function of (seed, position).
 
-    A flip and a caption are drawn for each position, so they differ between epochs.
+    What a cache draws (a flip, a caption) is drawn for each position, so it differs between epochs.
     """
 
     def __init__(self, cache: LatentCache, seed: int, rows: np.ndarray | None = None):
@@ -182,10 +151,9 @@ class LatentStream(torch.utils.data.Dataset):
         """The batch at `positions`, with the positions in it."""
         where = np.asarray(positions, dtype=np.int64)
         where, in_part = (where, where) if self.cache.reader is None else self.cache.reader.positions(where)
-        variant = 1 - 2.0**-53 - uniform_draws(self.seed, "flip", where)  # below a half of the draw: mirrored
         picked = self.order.rows(in_part)
         rows = picked if self.rows is None else self.rows[picked]
-        batch = self.cache.gather(rows, variant, uniform_draws(self.seed, "caption", where))
+        batch = self.cache.gather(rows, partial(uniform_draws, self.seed, positions=where))
         return batch | {"positions": torch.from_numpy(where)}
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:

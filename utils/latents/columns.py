@@ -1,14 +1,14 @@
 """Latent caches with the columns of their source, which can become conditions."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.latents.cache import LatentCache
+from utils.latents.cache import Draw, LatentCache
 
 TAKEN = ("latents", "attention_mask", "positions")  # names of a batch's own values
 
@@ -38,10 +38,9 @@ class ColumnCache(LatentCache):
                 column = self.column(name, settings["kind"])
                 self.values[name] = category_numbers(column, settings["names"]) if "names" in settings else column
 
-    def like(self, cache_dir: str | Path) -> "ColumnCache":
+    def like(self, cache_dir: str | Path, **more: Any) -> Self:
         """The cache of another split, with the same conditions."""
-        other = super().like(cache_dir)
-        assert isinstance(other, ColumnCache)
+        other = super().like(cache_dir, **more)
         other.use_conditions(self.conditions)
         return other
 
@@ -59,11 +58,9 @@ class ColumnCache(LatentCache):
         values = self.table.data.column(f"column.{name}").to_numpy()
         return values.astype(np.float64 if known[name] == "number" else object)
 
-    def gather(
-        self, rows: np.ndarray, variant_draw: np.ndarray | None = None, caption_draw: np.ndarray | None = None
-    ) -> dict[str, Tensor]:
+    def gather(self, rows: np.ndarray, draw: Draw | None = None) -> dict[str, Tensor]:
         """A batch of rows (B,), as `LatentCache.gather`."""
-        batch = super().gather(rows, variant_draw, caption_draw)
+        batch = super().gather(rows, draw)
         for name, values in self.values.items():
             value = torch.from_numpy(values[rows])
             batch[name] = value.float() if value.is_floating_point() else value

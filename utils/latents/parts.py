@@ -17,7 +17,14 @@ from utils.latents.spec import LatentSpec, summary
 def readers_of(parts: list[int], batch_size: int) -> list[PartReader]:
     """The reader of each process, from the part that each process opened."""
     return [
-        PartReader(batch_size, process, len(parts), part, parts[:process].count(part), parts.count(part))
+        PartReader(
+            batch_size=batch_size,
+            process_index=process,
+            num_processes=len(parts),
+            part=part,
+            reader=parts[:process].count(part),
+            num_readers=parts.count(part),
+        )
         for process, part in enumerate(parts)
     ]
 

@@ -116,7 +116,12 @@ class PosteriorSums:
             each.clamp(min=0).sqrt().tolist() for each in (variance, of_mean, posterior)
         )
         return PosteriorStatistics(
-            self.count, channel_mean.tolist(), std, std_of_mean, posterior_std, self.kl / self.count
+            num_samples=self.count,
+            mean=channel_mean.tolist(),
+            std=std,
+            std_of_mean=std_of_mean,
+            posterior_std=posterior_std,
+            kl=self.kl / self.count,
         )
 
 

@@ -63,29 +63,29 @@ SPEC_FILE = "latent_spec.json"
 SPEC_VERSION = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LatentSpec:
     """What a latent cache holds. `fingerprint` is all that decides its content; two caches with equal ones are
-    equal.
+    equal. What has a default is of one modality alone; the order of the fields is that of the file.
     """
 
-    kind: str  # "image", "set"
+    kind: str  # "image", "set", "vector"
     shape: tuple[int, ...]  # of one latent, (C, H, W), or (N, D) of a set, padded
     dtype: str
     content: str  # "moments": mean and std of the posterior; "mean": one latent
-    flips: bool  # a second encode of the mirrored image is stored
+    flips: bool = False  # of images: a second encode of the mirrored image is stored
     num_rows: int
     num_skipped: int
     normalisation: dict[str, dict[str, list[float]]]  # "vae" and "measured": mean and std per channel
-    captions: dict[str, Any] | None  # content ("hidden_states" or "input_ids"), shape, count
-    labels: dict[str, Any] | None  # num_classes, names
+    captions: dict[str, Any] | None = None  # of images: content ("hidden_states" or "input_ids"), shape, count
+    labels: dict[str, Any] | None = None  # of images: num_classes, names
     vae: str
-    text_encoder: dict[str, str | None] | None  # name, library, tokenizer
+    text_encoder: dict[str, str | None] | None = None  # of images: name, library, tokenizer
     fingerprint: dict[str, Any]
     version: int = SPEC_VERSION
-    num_translations: int = 1  # latents of each row, of the same thing in other places
+    num_translations: int = 1  # of sets: latents of each row, of the same thing in other places
     num_items: dict[str, int] | None = None  # of sets: how many have how many items
-    columns: dict[str, Any] | None = None  # other columns of the source: what is in them
+    columns: dict[str, Any] | None = None  # of sets and vectors: what is in the other columns of the source
 
     def variants(self) -> list[str]:
         """The columns of latents, of which one is drawn each time a row is seen."""

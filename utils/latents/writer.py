@@ -209,6 +209,7 @@ def finish_cache(
     cache_dir: Path,
     shards: ShardFolder,
     spec: LatentSpec,
+    *,
     skipped: list[dict[str, Any]],
     of_vae: Normalisation,
     sums: ChannelSums,

@@ -46,6 +46,7 @@ class VectorMLP(ModelMixin, ConfigMixin, PeftAdapterMixin):
     `projection_class_embeddings_input_dim`).
     """
 
+    _no_split_modules = ("VectorBlock",)
     _supports_gradient_checkpointing = True
 
     @register_to_config

@@ -23,9 +23,10 @@ from torch import Tensor
 from utils.diffusion.conditions import encode_text
 from utils.errors import UserError
 from utils.files import fsync_path, sha256_file
+from utils.image.cache import ImageCache
 from utils.image.encoding import LatentEncoder
 from utils.image.precompute import Encoders
-from utils.latents.cache import LatentCache
+from utils.latents.cache import Draw
 from utils.latents.spec import LatentSpec, Normalisation
 from utils.latents.writer import ChannelSums
 from utils.plan.arithmetic import STAGES, Pace, readable
@@ -61,9 +62,9 @@ def synthetic_spec(
     )
 
 
-class SyntheticCache(LatentCache):
-    """A latent cache of random numbers in memory, of the shapes of `spec`. Costs what a real one costs, but for the
-    disk.
+class SyntheticCache(ImageCache):
+    """A latent cache of images that are random numbers in memory, of the shapes of `spec`. Costs what a real one
+    costs, but for the disk.
     """
 
     ROWS = 64  # any row is one of these
@@ -90,9 +91,7 @@ class SyntheticCache(LatentCache):
     def __len__(self) -> int:
         return self.ROWS
 
-    def gather(
-        self, rows: np.ndarray, variant_draw: np.ndarray | None = None, caption_draw: np.ndarray | None = None
-    ) -> dict[str, Tensor]:
+    def gather(self, rows: np.ndarray, draw: Draw | None = None) -> dict[str, Tensor]:
         """A batch of rows (B,); flips and captions are all the same."""
         index = torch.from_numpy(rows)
         return {name: column[index] for name, column in self.columns.items()}

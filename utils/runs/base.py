@@ -4,7 +4,6 @@ import inspect
 import logging
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from utils.errors import UserError
 from utils.latents.cache import LatentCache
 from utils.latents.columns import ColumnCache
 from utils.latents.spec import Normalisation
-from utils.runs.load import find_run, load_denoiser
+from utils.runs.load import RunFolder
 from utils.training.lora import add_lora, start_from
 
 logger = logging.getLogger(__name__)
@@ -26,8 +25,8 @@ BASE_FLAG = "--pretrained_model_name_or_path"
 
 def load_base(args: Namespace) -> ConditionalDenoiser | None:
     """The trained denoiser to start from, or None."""
-    path = getattr(args, "pretrained_model_name_or_path", None)
-    return load_denoiser(*find_run(Path(path), BASE_FLAG), BASE_FLAG) if path else None
+    path = args.pretrained_model_name_or_path
+    return RunFolder.find(path, BASE_FLAG).denoiser() if path else None
 
 
 def fine_tuned(args: Namespace, denoiser: ConditionalDenoiser, base: ConditionalDenoiser) -> ConditionalDenoiser:

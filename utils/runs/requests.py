@@ -6,14 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor
 
-from utils.diffusion.sampling import checked_guidance
 from utils.errors import UserError
 from utils.latents.columns import category_name, category_numbers
 
-DEFAULT_GUIDANCE = 2.0
 Columns = Mapping[str, Mapping[str, Any]]  # the conditions of a run: name -> kind and settings
 
 
@@ -80,35 +77,3 @@ def column_values(settings: Mapping[str, Any], given: Sequence[Any]) -> Tensor:
     if settings["kind"] == "property":
         return torch.tensor(given, dtype=torch.float32)
     return torch.from_numpy(category_numbers(np.array(given, dtype=object), settings["names"]))
-
-
-def guidance_settings(
-    scheduler: SchedulerMixin,
-    is_asked: bool,
-    guidance_scale: float | None,
-    guidance_interval: list[float],
-    guidance_rescale: float,
-    num_inference_steps: int,
-    with_guide: bool,
-    default: float = DEFAULT_GUIDANCE,
-) -> dict[str, Any]:
-    """Arguments of a pipeline's `latents`, with the default scale, or 1 = off where nothing is asked for. Raises
-    UserError for guidance that contradicts itself or would do nothing.
-    """
-    can_guide = with_guide or is_asked
-    if guidance_scale is None:
-        guidance_scale = default if can_guide else 1.0
-    elif guidance_scale != 1 and not can_guide:
-        raise UserError(
-            f"--guidance_scale {guidance_scale:g}: no condition is asked for, there is nothing to guide towards; "
-            "leave it out, or give a condition of the run"
-        )
-    return checked_guidance(
-        scheduler,
-        guidance_scale,
-        guidance_interval,
-        guidance_rescale,
-        num_inference_steps,
-        with_guide,
-        with_negative_prompt=False,
-    )

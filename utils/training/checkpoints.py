@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from utils.errors import UserError
 from utils.files import BEING_WRITTEN, fsync_path, read_json, remove_folder, remove_unfinished, sha256_file, write_json
 from utils.training.ema import EMA
+from utils.training.run import Run
 from utils.training.sharding import load_state, save_state
 
 logger = logging.getLogger(__name__)
@@ -33,30 +33,30 @@ def checkpoint_steps(output_dir: Path) -> list[int]:
 
 
 class Checkpoints:
-    """Those of one run: every process holds one of these, and calls each method together with the others.
+    """The checkpoints of one run. Every process has this object, and all call each of its methods together.
 
-    `model` and `optimizer` are the prepared ones; `identity` is what a run that goes on must share: model, objective,
-    data, batch.
+    `model` and `optimizer` are the prepared ones; `identity` is what a resumed run must share: model, objective, data,
+    batch. The newest `keep` checkpoints stay, and at least two.
     """
 
     def __init__(
         self,
-        accelerator: Accelerator,
-        output_dir: Path,
+        run: Run,
         model: nn.Module,
         optimizer: AcceleratedOptimizer,
         ema: EMA | None,
+        *,
         identity: dict[str, Any],
-        total_limit: int,
+        keep: int,
     ):
-        self.accelerator, self.output_dir = accelerator, output_dir
+        self.accelerator, self.folder = run.accelerator, run.folder
         self.model, self.optimizer, self.ema = model, optimizer.optimizer, ema
-        self.identity, self.total_limit = identity, total_limit
+        self.identity, self.keep = identity, keep
 
     def save(self, global_step: int) -> None:
         """Writes `checkpoint-{global_step}` after `global_step` optimizer steps."""
-        final = self.output_dir / f"checkpoint-{global_step}"
-        temporary = self.output_dir / f"{BEING_WRITTEN}checkpoint-{global_step}"  # all processes write into it
+        final = self.folder / f"checkpoint-{global_step}"
+        temporary = self.folder / f"{BEING_WRITTEN}checkpoint-{global_step}"  # all processes write into it
         if self.accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -67,7 +67,7 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self._complete(temporary, final, global_step)
-            prune(self.output_dir, self.total_limit)
+            prune(self.folder, self.keep)
         self.accelerator.wait_for_everyone()
 
     def _complete(self, temporary: Path, final: Path, global_step: int) -> None:
@@ -87,7 +87,7 @@ class Checkpoints:
         if final.exists():  # left by a run that was resumed from an earlier step
             remove_folder(final)
         temporary.replace(final)
-        fsync_path(self.output_dir)
+        fsync_path(self.folder)
 
     def resume(self, resume_from_checkpoint: str | None) -> int:
         """Loads the checkpoint that `--resume_from_checkpoint` names, if any; returns the number of optimizer steps
@@ -95,9 +95,9 @@ class Checkpoints:
         """
         if not resume_from_checkpoint:
             return 0
-        checkpoint = find_checkpoint(self.output_dir, resume_from_checkpoint)
+        checkpoint = find_checkpoint(self.folder, resume_from_checkpoint)
         if checkpoint is None:
-            logger.info("%s holds no checkpoint: starting from the beginning", self.output_dir)
+            logger.info("%s holds no checkpoint: starting from the beginning", self.folder)
             return 0
         manifest = read_json(checkpoint / MANIFEST)
         self._check_identity(checkpoint, manifest)
@@ -107,7 +107,7 @@ class Checkpoints:
             group |= {} if scale is None else {"lr_scale": scale}  # that of this run's flags, as its learning rate is
         if self.ema is not None:
             self.ema.load(checkpoint)
-        logger.info("going on from %s, after %d steps", checkpoint, manifest["global_step"])
+        logger.info("resuming from %s, after %d steps", checkpoint, manifest["global_step"])
         return manifest["global_step"]
 
     def _check_identity(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
@@ -121,9 +121,9 @@ class Checkpoints:
                 )
 
 
-def prune(output_dir: Path, total_limit: int) -> None:
-    """Deletes the oldest checkpoints beyond `total_limit`, keeping at least two, and what killed processes left."""
-    for step in checkpoint_steps(output_dir)[: -max(MIN_KEPT, total_limit)]:
+def prune(output_dir: Path, keep: int) -> None:
+    """Deletes the oldest checkpoints beyond `keep`, keeping at least two, and what killed processes left."""
+    for step in checkpoint_steps(output_dir)[: -max(MIN_KEPT, keep)]:
         remove_folder(output_dir / f"checkpoint-{step}")
     for leftover in output_dir.glob(f"{BEING_WRITTEN}*checkpoint-*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -143,7 +143,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | None:
-    """The checkpoint to go on from: the newest for "latest" (None if there is none), or the named one.
+    """The checkpoint to resume from: the newest for "latest" (None if there is none), or the named one.
 
     Raises UserError for one that is missing or damaged, and names the one before it.
     """

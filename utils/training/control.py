@@ -10,16 +10,15 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from utils.errors import UserError
 from utils.files import read_json, write_json
 from utils.training.checkpoints import checkpoint_steps
+from utils.training.run import Run
 
 logger = logging.getLogger(__name__)
 ELAPSED_FILE = "elapsed.json"
@@ -38,20 +37,21 @@ class RunControl:
 
     def __init__(
         self,
-        accelerator: Accelerator,
-        output_dir: Path,
+        run: Run,
+        *,
         max_train_steps: int | None,
         max_train_hours: float | None,
         max_nonfinite_steps: int,
         first_step: int,
         is_resumed: bool,
     ):
-        self.accelerator, self.output_dir = accelerator, output_dir
+        self.accelerator, self.folder = run.accelerator, run.folder
         self.max_train_steps = math.inf if max_train_steps is None else max_train_steps
         self.max_seconds = math.inf if max_train_hours is None else max_train_hours * 3600
         self.max_nonfinite_steps = max_nonfinite_steps
         self.first_step = self.steps_done = first_step
-        before = read_json(output_dir / ELAPSED_FILE) if is_resumed and (output_dir / ELAPSED_FILE).is_file() else {}
+        elapsed = run.folder / ELAPSED_FILE
+        before = read_json(elapsed) if is_resumed and elapsed.is_file() else {}
         self.clock_zero = psutil.Process().create_time() - before.get("seconds", 0.0)
         self.step_started = self._seconds()
         self.longest_step = self.longest_tail = self.tail = 0.0  # tail: checkpoint, validation, ...
@@ -90,8 +90,16 @@ class RunControl:
 
     @property
     def is_finished(self) -> bool:
-        """Whether this step was the last, and the run is to be looked at and exported, not gone on with."""
+        """Whether this step was the last of the run: it is evaluated and exported, and not resumed."""
         return self.is_last and not self.interrupted
+
+    def is_due(self, every: int | None, or_stopped: bool = False) -> bool:
+        """Whether something that happens every `every` optimizer steps is due after this one: None is never, and the
+        last step of a finished run always; with `or_stopped` that of a run that a signal ends, too.
+        """
+        if every is None:
+            return False
+        return (self.steps_done + 1) % every == 0 or (self.is_last if or_stopped else self.is_finished)
 
     def steps(self) -> Iterator[int]:
         """Optimizer steps, counted from 0, until the run is to end."""
@@ -145,7 +153,7 @@ class RunControl:
         return self.seconds + self.longest_step + 2 * self.longest_tail >= self.max_seconds
 
     def _nonfinite_message(self, done: int) -> str:
-        steps = checkpoint_steps(self.output_dir)
+        steps = checkpoint_steps(self.folder)
         last_good = f"checkpoint-{steps[-1]} is the last good one: " if steps else "there is no checkpoint yet: "
         how = f"go on with --resume_from_checkpoint checkpoint-{steps[-1]} and" if steps else "start again with"
         return (
@@ -157,7 +165,7 @@ class RunControl:
     def save_elapsed(self, at_least: float = 0.0) -> None:
         """Writes the time spent so far, for a process that goes on with this run."""
         if self.accelerator.is_main_process:
-            write_json(self.output_dir / ELAPSED_FILE, {"seconds": round(max(self._seconds(), at_least), 1)})
+            write_json(self.folder / ELAPSED_FILE, {"seconds": round(max(self._seconds(), at_least), 1)})
 
     def seconds_left(self, seconds_per_step: float) -> float:
         """Until the run will end, by steps or by hours, whichever comes first."""

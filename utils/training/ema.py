@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from utils.errors import UserError
 from utils.files import remove_unfinished, replace_durably, temporary_path
+from utils.training.run import Run
 from utils.training.sharding import copy_full_, full, whole_copy
 
 logger = logging.getLogger(__name__)
@@ -63,12 +63,6 @@ class EMA:
             torch._foreach_lerp_(list(shadow.values()), weights, 1 - decay(global_step))
 
     @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Writes the average into a model of the same shape."""
-        for name, parameter in moving(model):
-            parameter.copy_(self.shadow[name])
-
-    @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
         """Exchanges weights and average; a second call undoes the first, bit for bit where the weights are fp32, as
         those of a training are."""
@@ -91,19 +85,20 @@ class EMA:
             for name, tensor in shadow.items():
                 copy_full_(tensor, saved[name])
 
-    def save_snapshots(self, accelerator: Accelerator, run_dir: Path, global_step: int) -> None:
+    def save_snapshots(self, run: Run, global_step: int) -> None:
         """Keeps the power-function averages as they are after `global_step` optimizer steps, in float16, as EDM2
         does: a later average is a sum of many of them. Every process calls this; the main one writes."""
-        if accelerator.is_main_process:
-            remove_unfinished(run_dir / SNAPSHOTS)
-            for step, _, path in stored_snapshots(run_dir):
+        folder = run.folder / SNAPSHOTS
+        if run.is_main:
+            remove_unfinished(folder)
+            for step, _, path in stored_snapshots(run.folder):
                 if step > global_step:
                     path.unlink()  # of a past that was given up
         for sigma_rel, shadow in zip(self.sigma_rels, self.shadows[1:], strict=True):
             whole = {name: full(tensor).half().contiguous().cpu() for name, tensor in shadow.items()}
-            if accelerator.is_main_process:
-                (run_dir / SNAPSHOTS).mkdir(exist_ok=True)
-                final = run_dir / SNAPSHOTS / f"step-{global_step:07d}-sigma_rel-{sigma_rel:g}.safetensors"
+            if run.is_main:
+                folder.mkdir(exist_ok=True)
+                final = folder / f"step-{global_step:07d}-sigma_rel-{sigma_rel:g}.safetensors"
                 temporary = temporary_path(final)
                 save_file(whole, temporary)
                 replace_durably(temporary, final)
@@ -147,6 +142,8 @@ def reconstruct(run_dir: Path, sigma_rel: float, last_step: int | None = None) -
             total[name] = total.get(name, 0.0) + float(weight) * tensor.float()
     return total
 
+
+# ---- power-function averages: Karras et al. 2023, arXiv 2312.02696 (EDM2)
 
 # gamma > -1/2 is needed for a profile of finite energy; gamma = 0 is the plain mean of all weights.
 MAX_SIGMA_REL = 12**-0.5
@@ -205,12 +202,12 @@ def reconstruction_weights(
 
 
 @contextmanager
-def averaged_weights(accelerator: Accelerator, model: Any, ema: EMA | None) -> Iterator[Any]:
+def averaged_weights(run: Run, model: Any, ema: EMA | None) -> Iterator[Any]:
     """Gives the model with its EMA weights and in evaluation mode; afterwards the model that trains is exactly as
     before. Of a model that is divided among processes the main one gets a whole copy, the others None.
     """
-    if accelerator.is_fsdp2:
-        copy = whole_copy(accelerator, model, {} if ema is None else ema.shadow)
+    if run.accelerator.is_fsdp2:
+        copy = whole_copy(run.accelerator, model, {} if ema is None else ema.shadow)
         yield None if copy is None else copy.eval()
         return
     if ema is not None:

@@ -1,10 +1,10 @@
-"""Evaluation while a model trains: its history, the best weights so far, and when to stop looking.
+"""Evaluation while a model trains: its history, the best weights so far, and early stopping.
 
     RUN/evaluations.json       every evaluation, in order, and on what it was made
     RUN/best/                  a model of its own, in the format of a finished run, with evaluation.json
-    RUN/.best-STEP/            what was the best when a checkpoint was written that is still there
+    RUN/.best-STEP/            the best weights at the time of a checkpoint that is still there
 
-So a run that goes on from any of its checkpoints knows what was the best until then, and how long ago that was.
+So a run that resumes from any of its checkpoints knows its best weights so far, and how long ago they were found.
 """
 
 import logging
@@ -12,10 +12,10 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
@@ -24,6 +24,7 @@ from utils.errors import UserError
 from utils.files import BEING_WRITTEN, fsync_path, read_json, write_json
 from utils.training.checkpoints import checkpoint_steps
 from utils.training.held_out import HeldOut, validation_losses
+from utils.training.run import Run
 
 logger = logging.getLogger(__name__)
 HISTORY_FILE, BEST, BEST_FILE = "evaluations.json", "best", "evaluation.json"
@@ -61,48 +62,55 @@ def without_improvement(values: list[float], min_delta: float = 0.0) -> int:
     return count
 
 
-class Evaluator:
-    """Every process holds one of these, and calls each method together with the others.
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How evaluations are made, and what hangs on them."""
 
-    `write_model` writes averaged weights with all that is needed to sample them. `best_metric` says what is best:
-    "loss", the validation loss, or "samples", the figure of `sample_metric`. `first_step` is that of a run that goes
-    on: evaluations after it are forgotten. Raises UserError where those before it were made on something else.
+    batch_size: int  # of a process
+    best_metric: str = "loss"  # the validation loss, or "samples": the figure of the sample metric
+    patience: int | None = None  # evaluations without improvement before training ends; None: it never does
+    min_delta: float = 0.0  # a smaller improvement counts as none
+
+
+class Evaluator:
+    """Evaluates a model on held-out latents while it trains. Every process has this object, and all call each of its
+    methods together.
+
+    `write_model` writes averaged weights with all that is needed to sample them. `first_step` is the step that a run
+    resumes from: evaluations after it are forgotten. `text_encoder` encodes captions of which the cache holds token
+    ids. Raises UserError where earlier evaluations were made on something else.
     """
 
     def __init__(
         self,
-        accelerator: Accelerator,
-        output_dir: Path,
+        run: Run,
+        *,
         held_out: HeldOut,
         objective: Objective,
         write_model: WriteModel,
         first_step: int,
-        batch_size: int,
-        best_metric: str = "loss",
-        patience: int | None = None,
-        min_delta: float = 0.0,
+        settings: EvaluationSettings,
         sample_metric: SampleMetric | None = None,
         text_encoder: Any = None,
     ):
-        self.accelerator, self.output_dir = accelerator, output_dir
+        self.accelerator, self.folder = run.accelerator, run.folder
         self.held_out, self.objective, self.write_model = held_out, objective, write_model
-        self.batch_size, self.text_encoder = batch_size, text_encoder
-        self.patience, self.min_delta = patience, min_delta
-        self.sample_metric = sample_metric
-        self.key = sample_metric.key if sample_metric is not None and best_metric == "samples" else LOSS
+        self.settings, self.sample_metric, self.text_encoder = settings, sample_metric, text_encoder
+        by_samples = sample_metric is not None and settings.best_metric == "samples"
+        self.key = sample_metric.key if sample_metric is not None and by_samples else LOSS
         self.measured_on = {LOSS: held_out.identity}
         if sample_metric is not None:
             self.measured_on[sample_metric.key] = f"{sample_metric.identity}, {held_out.identity}"
             logger.info("%s: of %s", sample_metric.key, sample_metric.title)
         self.history = self._read_history(first_step)
         self.is_first = True
-        accelerator.wait_for_everyone()  # all have read before one writes
-        if accelerator.is_main_process and (output_dir / HISTORY_FILE).is_file():
+        run.accelerator.wait_for_everyone()  # all have read before one writes
+        if run.is_main and (run.folder / HISTORY_FILE).is_file():
             self._restore_best()
             self._write_history()
 
     def _read_history(self, first_step: int) -> list[Evaluation]:
-        path = self.output_dir / HISTORY_FILE
+        path = self.folder / HISTORY_FILE
         if not path.is_file():
             return []
         saved = read_json(path)
@@ -118,18 +126,18 @@ class Evaluator:
 
     def _write_history(self) -> None:
         content = {"measured_on": self.measured_on, "evaluations": self.history}
-        write_json(self.output_dir / HISTORY_FILE, content)
+        write_json(self.folder / HISTORY_FILE, content)
 
     def _restore_best(self) -> None:
         """Makes `best/` what it was when the last evaluation of the history had been made."""
-        shutil.rmtree(self.output_dir / TEMPORARY, ignore_errors=True)
-        best, wanted = self.output_dir / BEST, lowest(self.history, self.key)
+        shutil.rmtree(self.folder / TEMPORARY, ignore_errors=True)
+        best, wanted = self.folder / BEST, lowest(self.history, self.key)
         if step_of(best) == (wanted and wanted["global_step"]):
             return
         if best.is_dir():
             logger.info("%s is of step %s, not the best that this run had at its checkpoint", best, step_of(best))
             shutil.rmtree(best)
-        spare = self.output_dir / f".{BEST}-{wanted and wanted['global_step']}"
+        spare = self.folder / f".{BEST}-{wanted and wanted['global_step']}"
         if spare.is_dir():
             spare.replace(best)
 
@@ -139,7 +147,12 @@ class Evaluator:
         """
         started = time.perf_counter()
         quarters = validation_losses(
-            self.accelerator, model, self.held_out, self.objective, self.batch_size, self.text_encoder
+            self.accelerator,
+            model,
+            self.held_out,
+            self.objective,
+            batch_size=self.settings.batch_size,
+            text_encoder=self.text_encoder,
         )
         values = {LOSS: sum(quarters) / len(quarters)}
         values |= {f"{LOSS}_quarter_{i}": loss for i, loss in enumerate(quarters, start=1)}
@@ -151,7 +164,7 @@ class Evaluator:
         self.history.append(evaluation)
         best = lowest(self.history, self.key)
         if self.accelerator.is_main_process:
-            if best is evaluation or (best is not None and not (self.output_dir / BEST).is_dir()):
+            if best is evaluation or (best is not None and not (self.folder / BEST).is_dir()):
                 self._keep(model, evaluation)
             self._write_history()
             self._prune()
@@ -165,7 +178,7 @@ class Evaluator:
 
     def _keep(self, model: nn.Module | None, evaluation: Evaluation) -> None:
         """Puts a model into `best/`, complete or not at all, and what it replaces aside."""
-        best, temporary = self.output_dir / BEST, self.output_dir / TEMPORARY
+        best, temporary = self.folder / BEST, self.folder / TEMPORARY
         shutil.rmtree(temporary, ignore_errors=True)
         self.write_model(temporary, model, evaluation["global_step"])
         titles = {} if self.sample_metric is None else {"samples": self.sample_metric.title}
@@ -175,11 +188,11 @@ class Evaluator:
             if path.is_file():
                 fsync_path(path)
         if best.is_dir():
-            spare = self.output_dir / f".{BEST}-{step_of(best)}"
+            spare = self.folder / f".{BEST}-{step_of(best)}"
             shutil.rmtree(spare, ignore_errors=True)
             best.replace(spare)
         temporary.replace(best)
-        fsync_path(self.output_dir)
+        fsync_path(self.folder)
 
     def _prune(self) -> None:
         """Deletes what was the best once, but not what was it when a checkpoint was written that is still there:
@@ -187,24 +200,25 @@ class Evaluator:
         """
         reached = (
             lowest([each for each in self.history if each["global_step"] <= step], self.key)
-            for step in checkpoint_steps(self.output_dir)
+            for step in checkpoint_steps(self.folder)
         )
         needed = {f".{BEST}-{each['global_step']}" for each in reached if each is not None}
-        for spare in self.output_dir.glob(f".{BEST}-*"):
+        for spare in self.folder.glob(f".{BEST}-*"):
             if spare.name not in needed:
                 shutil.rmtree(spare)
 
     @property
     def reason_to_end(self) -> str | None:
-        """Why training should end now: the last `patience` evaluations brought nothing. None where they did."""
+        """Why training should end now: the last `patience` evaluations brought no improvement. None where they did."""
         values = [each[self.key] for each in self.history if self.key in each]
-        if self.patience is None or without_improvement(values, self.min_delta) < self.patience:
+        patience = self.settings.patience
+        if patience is None or without_improvement(values, self.settings.min_delta) < patience:
             return None
         best = lowest(self.history, self.key)
-        what = f"--early_stopping_patience {self.patience}: {self.key} has not fallen in as many evaluations; "
+        what = f"--early_stopping_patience {patience}: {self.key} has not fallen in as many evaluations; "
         if best is None:
             return what + "it never was a number"
-        return what + f"the lowest, {best[self.key]:.5g}, is of step {best['global_step']}: {self.output_dir / BEST}"
+        return what + f"the lowest, {best[self.key]:.5g}, is of step {best['global_step']}: {self.folder / BEST}"
 
 
 def step_of(best: Path) -> int | None:

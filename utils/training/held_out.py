@@ -7,7 +7,7 @@ the same objective compare.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -27,12 +27,14 @@ NUM_QUARTERS = 4
 # Entries of a fingerprint in which two splits of one data set differ.
 OF_A_SPLIT = ("dataset", "columns", "random_flip", "max_samples", "part", "num_translations")
 
+Cache = TypeVar("Cache", bound=LatentCache)
+
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOut(Generic[Cache]):
     """Rows of a cache for validation, in a random order that is always the same."""
 
-    cache: LatentCache
+    cache: Cache
     rows: np.ndarray  # (N,) of that cache
     training_rows: np.ndarray | None  # the rows of the training cache that are left; None = all of them
     identity: str  # which latents these are
@@ -46,7 +48,7 @@ def in_fixed_order(num_rows: int) -> np.ndarray:
     return np.argsort(keys(HELD_OUT_SEED, "held_out", np.arange(num_rows)), kind="stable")
 
 
-def hold_out(cache: LatentCache, num_rows: int) -> HeldOut:
+def hold_out(cache: Cache, num_rows: int) -> HeldOut[Cache]:
     """Keeps `num_rows` rows of a training cache for validation: the same for every seed, and those of a smaller number
     among those of a larger one. Raises UserError where none would be left to train on, and for a part of a cache.
     """
@@ -64,7 +66,7 @@ def hold_out(cache: LatentCache, num_rows: int) -> HeldOut:
     return HeldOut(cache, order[:num_rows], np.sort(order[num_rows:]), identity)
 
 
-def open_split(cache: LatentCache, cache_dir: str | Path) -> HeldOut:
+def open_split(cache: Cache, cache_dir: str | Path) -> HeldOut[Cache]:
     """All rows of the cache of another split, normalised as the training cache is. Raises UserError unless it was made
     in the same way, of other data.
     """
@@ -127,6 +129,7 @@ def validation_losses(
     model: nn.Module | None,
     held_out: HeldOut,
     objective: Objective,
+    *,
     batch_size: int,
     text_encoder: Any = None,
 ) -> list[float]:

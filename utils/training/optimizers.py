@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,25 +21,26 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
-def learning_rate_at(
-    global_step: int,
-    peak: float,
-    schedule: str,
-    warmup_steps: int,
-    max_train_steps: int | None,
-    time_share: float = 0.0,
-) -> float:
-    """The learning rate of optimizer step `global_step`, counted from 0, when `time_share` in [0, 1] of the hours is
-    spent. The warm-up counts steps; after it steps or hours lead, whichever is nearer to its end.
+@dataclass(frozen=True)
+class LearningRate:
+    """The learning rate as a pure function of the step: no state is kept, so there is none to resume, and it cannot
+    step once for each process or micro-step."""
 
-    No state is kept, so there is none to resume, and it cannot step once for each process or micro-step.
-    """
-    if global_step < warmup_steps:
-        return peak * (global_step + 1) / warmup_steps
-    steps_share = 0.0
-    if max_train_steps is not None:
-        steps_share = (global_step - warmup_steps) / max(1, max_train_steps - warmup_steps)
-    return peak * LR_SCHEDULES[schedule](max(steps_share, time_share))
+    peak: float
+    schedule: str  # one of LR_SCHEDULES
+    warmup_steps: int  # of linear warm-up
+    max_train_steps: int | None  # None: the hours alone lead
+
+    def at(self, global_step: int, time_share: float = 0.0) -> float:
+        """The learning rate of optimizer step `global_step`, counted from 0, when `time_share` in [0, 1] of the hours
+        is spent. The warm-up counts steps; after it steps or hours lead, whichever is nearer to its end.
+        """
+        if global_step < self.warmup_steps:
+            return self.peak * (global_step + 1) / self.warmup_steps
+        steps_share = 0.0
+        if self.max_train_steps is not None:
+            steps_share = (global_step - self.warmup_steps) / max(1, self.max_train_steps - self.warmup_steps)
+        return self.peak * LR_SCHEDULES[self.schedule](max(steps_share, time_share))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -149,11 +151,12 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 def make_optimizer(
     model: nn.Module,
+    *,
+    name: str = "adamw",
     learning_rate: float,
     betas: tuple[float, float],
     weight_decay: float,
     epsilon: float,
-    name: str = "adamw",
     own: Groups | None = None,
 ) -> torch.optim.Optimizer:
     """One of `OPTIMIZERS` over all trainable parameters; `betas` and `epsilon` are AdamW's. `own` are settings of some

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,43 +17,80 @@ import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from diffusers import SchedulerMixin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from utils.diffusion.objectives import OBJECTIVES, Objective, training_scheduler
-from utils.draws import PositionBatches, identity
+from utils.draws import PositionBatches, SampleDraws, identity
 from utils.errors import UserError
 from utils.files import make_folder, names_in, write_text
 from utils.latents.cache import LatentCache
+from utils.training import optimizers
 from utils.training.control import SIGNALS, RunControl
+from utils.training.ema import EMA
+from utils.training.evaluator import EvaluationSettings, Evaluator, SampleMetric, WriteModel
 from utils.training.held_out import HeldOut, hold_out, open_split
+from utils.training.optimizers import Groups, LearningRate
+from utils.training.run import Run
 from utils.training.sharding import join_fsdp
 
 logger = logging.getLogger(__name__)
+Batch = dict[str, Tensor]
 
 
-def make_accelerator(args: Namespace, output_dir: Path | None = None) -> Accelerator:
-    """The Accelerator of a script, with accumulation that depends on nothing but the count of micro-steps."""
-    if output_dir is not None and args.report_to not in ("none", "all"):
+def start(args: Namespace, is_denoiser: bool = True) -> Run:
+    """The run of a trainer: its Accelerator, and its folder, which nothing is written to yet. Raises UserError for a
+    folder that is taken, a tracker that is not installed, and weights that cannot be divided among processes.
+    """
+    folder = Path(args.output_dir)
+    if args.report_to not in ("none", "all"):
         installed = [str(tracker) for tracker in get_available_trackers()]
         if args.report_to not in installed:  # Accelerate would leave a tracker without its package out, silently
             raise UserError(f"--report_to {args.report_to}: the trackers installed here are {', '.join(installed)}")
+    run = Run(
+        make_accelerator(
+            mixed_precision=args.mixed_precision,
+            seed=args.seed,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            allow_tf32=args.allow_tf32,
+            folder=folder,
+            report_to=args.report_to,
+        ),
+        folder,
+    )
+    if run.accelerator.is_fsdp2:
+        check_sharded(args.optimizer, is_denoiser)
+    check_output_dir(run, args.resume_from_checkpoint)
+    return run
+
+
+def make_accelerator(
+    *,
+    mixed_precision: str | None,
+    seed: int,
+    gradient_accumulation_steps: int = 1,
+    allow_tf32: bool = False,
+    folder: Path | None = None,
+    report_to: str = "none",
+) -> Accelerator:
+    """An Accelerator, with accumulation that depends on nothing but the count of micro-steps. Raises UserError where
+    fewer processes joined than were launched.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     accelerator = Accelerator(
         # Without a GPU, Accelerate would train as many models as there are processes, each alone.
         cpu=True if world_size > 1 and not torch.accelerator.is_available() else None,
-        mixed_precision=args.mixed_precision,
-        log_with=None if output_dir is None or args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(project_dir=str(output_dir or "."), logging_dir=str(output_dir or ".")),
+        mixed_precision=mixed_precision,
+        log_with=None if folder is None or report_to == "none" else report_to,
+        project_config=ProjectConfiguration(project_dir=str(folder or "."), logging_dir=str(folder or ".")),
         # Accelerate would otherwise also sync at the end of an epoch: a short last window would count as a whole step.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=getattr(args, "gradient_accumulation_steps", 1), sync_with_dataloader=False
+            num_steps=gradient_accumulation_steps, sync_with_dataloader=False
         ),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=30))],
     )
     join_fsdp(accelerator)
-    if accelerator.is_fsdp2:
-        check_sharded(args)
     if accelerator.num_processes != world_size:
         raise UserError(f"{world_size} processes were launched, but Accelerate joined {accelerator.num_processes}")
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
@@ -62,48 +100,48 @@ def make_accelerator(args: Namespace, output_dir: Path | None = None) -> Acceler
     for library in (datasets, diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    if getattr(args, "allow_tf32", False):
+    if allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
-    set_seed(args.seed)  # new weights are the same on every process; all else is drawn by position in the stream
+    set_seed(seed)  # new weights are the same on every process; all else is drawn by position in the stream
     return accelerator
 
 
-def check_sharded(args: Namespace) -> None:
-    """Raises UserError for what cannot be trained with its weights divided among processes."""
-    if getattr(args, "optimizer", "adamw") != "adamw":
-        raise UserError(f"--optimizer {args.optimizer} under FSDP: it needs whole weights; use adamw, or DDP")
-    if not hasattr(args, "model"):
+def check_sharded(optimizer: str, is_denoiser: bool) -> None:
+    """Raises UserError for what cannot be trained with its weights divided among processes (FSDP)."""
+    if optimizer != "adamw":
+        raise UserError(f"--optimizer {optimizer} under FSDP: it needs whole weights; use adamw, or DDP")
+    if not is_denoiser:
         raise UserError("accelerate's configuration: only denoisers can be divided (FSDP); use MULTI_GPU here")
 
 
-def check_output_dir(output_dir: Path, resume_from_checkpoint: str | None, accelerator: Accelerator) -> None:
+def check_output_dir(run: Run, resume_from_checkpoint: str | None) -> None:
     """Raises UserError for a folder that is taken: by another run, unless this one resumes, or by anything else."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir: {output_dir} is a file; give a folder")
-    contents = names_in(output_dir)
+    if run.folder.exists() and not run.folder.is_dir():
+        raise UserError(f"--output_dir: {run.folder} is a file; give a folder")
+    contents = names_in(run.folder)
     contents -= {"latents", "counts"}  # what a run makes for itself, perhaps before it was killed
     if contents and "args.yaml" not in contents:
-        raise UserError(f"--output_dir: {output_dir} is not empty and holds no run; give another folder")
+        raise UserError(f"--output_dir: {run.folder} is not empty and holds no run; give another folder")
     if contents and not resume_from_checkpoint:
         raise UserError(
-            f"--output_dir: {output_dir} holds a run already; add --resume_from_checkpoint latest to go on with it, "
+            f"--output_dir: {run.folder} holds a run already; add --resume_from_checkpoint latest to go on with it, "
             "or give another folder"
         )
-    accelerator.wait_for_everyone()  # all have looked before one writes
+    run.accelerator.wait_for_everyone()  # all have looked before one writes
 
 
-def save_args(args: Namespace, output_dir: Path, accelerator: Accelerator) -> None:
+def save_args(args: Namespace, run: Run) -> None:
     """Writes `args.yaml`, which as --config repeats the run; from then on the folder is this run's."""
-    if accelerator.is_main_process:
-        make_folder(output_dir)
+    if run.is_main:
+        make_folder(run.folder)
         saved = {name: value for name, value in sorted(vars(args).items()) if name not in ("config", "given", "typed")}
-        write_text(output_dir / "args.yaml", yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
+        write_text(run.folder / "args.yaml", yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
 
 
-def samples_per_step(args: Namespace, accelerator: Accelerator) -> int:
+def samples_per_step(args: Namespace, run: Run) -> int:
     """Samples that one optimizer step sees, over all processes and micro-steps."""
-    return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    return args.train_batch_size * args.gradient_accumulation_steps * run.accelerator.num_processes
 
 
 def millions_of_parameters(model: nn.Module) -> float:
@@ -111,6 +149,7 @@ def millions_of_parameters(model: nn.Module) -> float:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) / 1e6
 
 
+# Of these flags a script has those that its kind of model takes.
 IDENTITY_FLAGS = (
     "learned_variance",
     "model",
@@ -129,18 +168,20 @@ IDENTITY_FLAGS = (
 )
 
 
-def identity_of(args: Namespace, model: nn.Module, data_identity: str, accelerator: Accelerator) -> dict[str, Any]:
-    """What must not change between a checkpoint and the run that goes on from it; everything else may."""
-    same = {name: getattr(args, name) for name in IDENTITY_FLAGS if hasattr(args, name)}
+def identity_of(args: Namespace, run: Run, model: nn.Module, data_identity: str, **more: Any) -> dict[str, Any]:
+    """What must not change between a checkpoint and the run that resumes from it; everything else may. `more` is what
+    one kind of model has beside the common flags."""
+    same: dict[str, Any] = {name: vars(args)[name] for name in IDENTITY_FLAGS if name in args}
     same["parameters"] = f"{millions_of_parameters(model):.6f}M"
-    return same | {"data": data_identity, "samples per step": samples_per_step(args, accelerator)}
+    return same | {"data": data_identity, "samples per step": samples_per_step(args, run)} | more
 
 
-def announce(args: Namespace, accelerator: Accelerator, model: nn.Module, num_rows: int, first_step: int) -> None:
+def announce(args: Namespace, run: Run, model: nn.Module, num_rows: int, first_step: int) -> None:
     """Starts the trackers and says, once, what is about to be trained."""
+    accelerator = run.accelerator
     if accelerator.log_with:
         accelerator.init_trackers("logs")
-    per_step = samples_per_step(args, accelerator)
+    per_step = samples_per_step(args, run)
     logger.info("%.1fM parameters, %d samples in the data", millions_of_parameters(model), num_rows)
     hours = f", at most {args.max_train_hours:g} h" if args.max_train_hours else ""
     if args.max_train_steps is None:
@@ -160,8 +201,19 @@ def announce(args: Namespace, accelerator: Accelerator, model: nn.Module, num_ro
     )
 
 
-def make_loader(stream: Dataset, args: Namespace, accelerator: Accelerator, first_step: int) -> DataLoader:
-    """Batches of an endless stream, for ever, from optimizer step `first_step` on.
+def make_batches(args: Namespace, run: Run, stream: Dataset, first_step: int) -> Iterator[tuple[Batch, SampleDraws]]:
+    """Batches of an endless stream, for ever, from optimizer step `first_step` on: on the device, each with the random
+    draws that belong to its samples. Dropout is seeded by them, too.
+    """
+    for batch in make_loader(args, run, stream, first_step):
+        positions = batch.pop("positions")  # on the CPU, where draws are keyed from them
+        draws = SampleDraws(args.seed, positions, run.device)
+        draws.seed_dropout()
+        yield {name: tensor.to(run.device, non_blocking=True) for name, tensor in batch.items()}, draws
+
+
+def make_loader(args: Namespace, run: Run, stream: Dataset, first_step: int) -> DataLoader:
+    """The batches of this process, on the CPU, with the `positions` of their samples.
 
     Not for `accelerator.prepare`: each process is given its own positions of the stream already.
     """
@@ -169,8 +221,8 @@ def make_loader(stream: Dataset, args: Namespace, accelerator: Accelerator, firs
         args.train_batch_size,
         args.gradient_accumulation_steps,
         first_step,
-        accelerator.process_index,
-        accelerator.num_processes,
+        process_index=run.accelerator.process_index,
+        num_processes=run.accelerator.num_processes,
     )
     return DataLoader(
         stream,
@@ -178,22 +230,24 @@ def make_loader(stream: Dataset, args: Namespace, accelerator: Accelerator, firs
         collate_fn=identity,
         num_workers=args.dataloader_num_workers,
         worker_init_fn=ignore_signals,
-        pin_memory=accelerator.device.type == "cuda",
+        pin_memory=run.device.type == "cuda",
         generator=torch.Generator(),  # else it draws from torch's own
     )
 
 
-def make_control(args: Namespace, accelerator: Accelerator, output_dir: Path, first_step: int) -> RunControl:
+def make_control(args: Namespace, run: Run, first_step: int, evaluator: Evaluator | None = None) -> RunControl:
     """What ends a run and what keeps its weights finite; takes SIGTERM and SIGINT from here on."""
-    return RunControl(
-        accelerator,
-        output_dir,
-        args.max_train_steps,
-        args.max_train_hours,
-        args.max_nonfinite_steps,
-        first_step,
+    control = RunControl(
+        run,
+        max_train_steps=args.max_train_steps,
+        max_train_hours=args.max_train_hours,
+        max_nonfinite_steps=args.max_nonfinite_steps,
+        first_step=first_step,
         is_resumed=bool(args.resume_from_checkpoint),
     )
+    if evaluator is not None:
+        control.end_early(evaluator.reason_to_end)  # a resumed run may have stopped early before
+    return control
 
 
 def ignore_signals(worker: int) -> None:
@@ -202,19 +256,73 @@ def ignore_signals(worker: int) -> None:
         signal.signal(each, signal.SIG_IGN)
 
 
-def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Moves a batch to the device; positions stay on the CPU, where random draws are keyed from them."""
-    return {k: v if k == "positions" else v.to(device, non_blocking=True) for k, v in batch.items()}
+def make_schedule(args: Namespace) -> LearningRate:
+    """The learning rate of the optimizer flags, for every step."""
+    return LearningRate(args.learning_rate, args.lr_scheduler, args.lr_warmup_steps, args.max_train_steps)
 
 
-def build_objective(args: Namespace, device: torch.device) -> tuple[Objective, Any]:
+def make_optimizer(args: Namespace, model: nn.Module, own: Groups | None = None) -> torch.optim.Optimizer:
+    """The optimizer of the optimizer flags over all trainable parameters; `own` are settings of some of them, by the
+    beginning of their names."""
+    return optimizers.make_optimizer(
+        model,
+        name=args.optimizer,
+        learning_rate=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        epsilon=args.adam_epsilon,
+        own=own,
+    )
+
+
+def make_ema(args: Namespace, model: nn.Module, sigma_rels: Sequence[float] | None = None) -> EMA | None:
+    """The moving averages of a model's weights; None without --use_ema. `sigma_rels` are those of power functions."""
+    return EMA(model, args.ema_decay, sigma_rels or ()) if args.use_ema else None
+
+
+def make_evaluator(
+    args: Namespace,
+    run: Run,
+    *,
+    held_out: HeldOut | None,
+    objective: Objective,
+    write_model: WriteModel,
+    first_step: int,
+    best_metric: str = "loss",
+    sample_metric: SampleMetric | None = None,
+    text_encoder: Any = None,
+) -> Evaluator | None:
+    """What evaluates on held-out latents while a model trains; None without --eval_steps."""
+    if held_out is None:
+        return None
+    settings = EvaluationSettings(
+        batch_size=args.eval_batch_size,
+        best_metric=best_metric,
+        patience=args.early_stopping_patience,
+        min_delta=args.early_stopping_min_delta,
+    )
+    return Evaluator(
+        run,
+        held_out=held_out,
+        objective=objective,
+        write_model=write_model,
+        first_step=first_step,
+        settings=settings,
+        sample_metric=sample_metric,
+        text_encoder=text_encoder,
+    )
+
+
+def make_objective(
+    args: Namespace, device: torch.device, learned_variance: bool = False
+) -> tuple[Objective, SchedulerMixin]:
     """The objective, its tables on `device`, and the scheduler that is saved with the model."""
     scheduler = training_scheduler(
         args.prediction_type,
         args.beta_schedule,
         args.rescale_betas_zero_snr,
         args.flow_shift,
-        getattr(args, "learned_variance", False),
+        learned_variance,
     )
     if (args.prediction_type, args.beta_schedule) == ("epsilon", "squaredcos_cap_v2"):
         logger.warning(

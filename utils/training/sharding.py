@@ -41,6 +41,8 @@ def join_fsdp(accelerator: Accelerator) -> None:
     if accelerator.distributed_type == DistributedType.FSDP:
         if not accelerator.is_fsdp2:
             raise UserError("fsdp_version 1 in accelerate's configuration: these scripts run under fsdp_version 2")
+        # Accelerate then asks the model itself which of its layers are divided one by one.
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = None
         if accelerator.mixed_precision == "fp16":
             raise UserError("--mixed_precision fp16 with FSDP: the scale of the loss would not be saved; use bf16")
 

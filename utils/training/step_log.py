@@ -11,47 +11,59 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from utils.training.control import RunControl
 from utils.training.flops import model_flops_utilisation, peak_flops
+from utils.training.run import Run
 
 
 class StepLog:
-    """Losses accumulate on the device and are read only when logged. Steps that were skipped are in no mean."""
+    """The losses of a training, in the trackers and on the progress bar. They accumulate on the device and are read
+    only when logged. Steps that were skipped are in no mean.
+    """
 
-    def __init__(
-        self, accelerator: Accelerator, control: RunControl, samples_per_step: int, flops_per_sample: int | None = None
-    ):
-        self.accelerator, self.control = accelerator, control
+    def __init__(self, run: Run, control: RunControl, samples_per_step: int, flops_per_sample: int | None = None):
+        self.accelerator, self.control = run.accelerator, control
         self.samples_per_step, self.flops_per_sample = samples_per_step, flops_per_sample
-        self.step_loss = torch.zeros((), device=accelerator.device)  # sum over the micro-steps of this step
-        self.total = torch.zeros((), device=accelerator.device)
+        self.step_loss = torch.zeros((), device=run.device)  # sum over the micro-steps of this step
+        self.total = torch.zeros((), device=run.device)
         self.step_terms: dict[str, Tensor] = {}  # name -> (sum, count) over the micro-steps of this step
         self.terms: dict[str, Tensor] = {}
         self.micro_steps = self.steps = 0
+        self.micro_steps_of_step = 0
         self.started = time.perf_counter()
+        self.progress = tqdm(
+            total=None if math.isinf(control.max_train_steps) else control.max_train_steps,
+            initial=control.first_step,
+            unit="step",
+            disable=not run.is_main,
+        )
 
     def add(self, loss: Tensor, **terms: Tensor) -> None:
         """Counts the loss of a micro-step, and what else of it is to be seen in the trackers by itself."""
         self.step_loss += loss.detach().float()
+        self.micro_steps_of_step += 1
         for name, term in terms.items():
             once = torch.stack([term.detach().float(), torch.ones_like(self.step_loss)])
             self.step_terms[name] = self.step_terms.get(name, 0.0) + once
 
-    def step_done(self, moved: bool, micro_steps: int) -> None:
+    def step_done(self, moved: bool) -> None:
         """Counts an optimizer step, and its losses if it moved the weights."""
         if moved:
             self.total += self.step_loss
-            self.micro_steps += micro_steps
+            self.micro_steps += self.micro_steps_of_step
             for name, term in self.step_terms.items():
                 self.terms[name] = self.terms.get(name, 0.0) + term
         self.step_loss.zero_()
         self.step_terms = {}
+        self.micro_steps_of_step = 0
         self.steps += 1
+        self.progress.update()
 
-    def flush(self, learning_rate: float, global_step: int) -> dict[str, str]:
-        """Writes the means since the last call, over all processes, to the trackers, and returns them for the progress
-        bar. Every process calls this."""
+    def flush(self, learning_rate: float, global_step: int) -> None:
+        """Writes the means since the last call, over all processes, to the trackers and the progress bar. Every
+        process calls this."""
         mean_loss = self.total / self.micro_steps if self.micro_steps else torch.full_like(self.total, math.nan)
         loss = self.accelerator.reduce(mean_loss, reduction="mean").item()
         seconds_per_step = (time.perf_counter() - self.started) / self.steps
@@ -91,7 +103,14 @@ class StepLog:
         }
         if "train/mfu" in values:
             shown["mfu"] = f"{values['train/mfu']:.0%}"
-        return shown | ({"skipped": str(self.control.nonfinite_steps)} if self.control.nonfinite_steps else {})
+        if self.control.nonfinite_steps:
+            shown["skipped"] = str(self.control.nonfinite_steps)
+        self.progress.set_postfix(shown)
+
+    def close(self) -> None:
+        """Ends the progress bar, and says how the run ended."""
+        self.progress.close()
+        self.control.say_how_it_ended()
 
 
 def peak_memory(device: torch.device) -> int:

@@ -5,6 +5,7 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 
 from utils.args import sampling as sample_args
 from utils.args.checks import check_new_folder
+from utils.args.columns import add_column_request_args
 from utils.args.parsing import positive_float, positive_int, refuse_together, required
 from utils.args.sampling import check_sweep
 from utils.crystal import args as crystal_args
@@ -19,19 +20,18 @@ OF_SAMPLING = (
 REQUESTS = ("composition", "chemical_system", "compositions_from_reference", "property_targets")
 
 
-def add_crystal_evaluation_args(parser: ArgumentParser) -> None:
+def add_evaluation_args(parser: ArgumentParser) -> None:
     """All flags of an evaluation of crystals."""
-    add_crystal_comparison_args(parser)
-    add_crystal_measurement_args(parser)
-    crystal_args.add_crystal_request_args(parser)
-    num_samples = next(action for action in parser._actions if action.dest == "num_samples")
-    num_samples.default = None  # sample.py makes that many of each request
-    num_samples.help = f"Crystals in all. Default: all there are; {DEFAULT_CRYSTALS_OF_A_RUN} of a run."
+    add_comparison_args(parser)
+    add_measurement_args(parser)
+    help_of_number = f"Crystals in all. Default: all there are; {DEFAULT_CRYSTALS_OF_A_RUN} of a run."
+    add_column_request_args(parser, num_samples=None, help_of_number=help_of_number)
+    crystal_args.add_request_args(parser)
     add_reference_request_args(parser)
     sample_args.add_sampler_args(parser)
 
 
-def add_crystal_comparison_args(parser: ArgumentParser) -> None:
+def add_comparison_args(parser: ArgumentParser) -> None:
     """Which crystals are compared with which."""
     group = parser.add_argument_group("crystals; without --samples, --model is sampled")
     sources = "a folder of CIF files, .parquet or .csv file, or hub dataset"
@@ -50,7 +50,7 @@ def add_crystal_comparison_args(parser: ArgumentParser) -> None:
     group.add_argument("--max_atoms", type=positive_int, default=20, help="Real crystals with more are left out.")
 
 
-def add_crystal_measurement_args(parser: ArgumentParser) -> None:
+def add_measurement_args(parser: ArgumentParser) -> None:
     """What is measured, and with what effort."""
     group = parser.add_argument_group("measurement")
     group.add_argument(
@@ -102,7 +102,7 @@ def add_reference_request_args(parser: ArgumentParser) -> None:
     )
 
 
-def check_crystal_eval_args(args: Namespace) -> None:
+def check_evaluation_args(args: Namespace) -> None:
     """Refuses combinations that make no sense, with the reason. A file that gives one value sets it alike."""
     required(args, "reference")
     if args.samples is not None:

@@ -4,19 +4,17 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
+from utils.args.parsing import saved_arguments
 from utils.args.sampling import sweep_points
 from utils.crystal.evaluation.args import DEFAULT_CRYSTALS_OF_A_RUN, parse_targets
-from utils.crystal.evaluation.figures import OF_REQUESTS, groups_of, titles_of
+from utils.crystal.evaluation.figures import REQUEST_GROUPS, groups_of, titles_of
 from utils.crystal.evaluation.judge import Judge
 from utils.crystal.evaluation.metrics import load_calculator
 from utils.crystal.evaluation.samples import (
     SAMPLES,
-    Column,
     Order,
     Real,
-    load_model,
+    SampleSet,
     open_real,
     order_of_flags,
     order_of_reference,
@@ -26,11 +24,10 @@ from utils.crystal.evaluation.samples import (
 )
 from utils.crystal.files import save_crystals
 from utils.crystal.pictures import crystal_grid
-from utils.crystal.pipeline import CrystalPipeline, load_crystal_guide
-from utils.crystal.sampler import guidance_settings, sample_crystals
-from utils.diffusion.sampling import sampling_scheduler, usable_device
-from utils.evaluation import report
+from utils.crystal.pipeline import CrystalPipeline, load_run
+from utils.crystal.sampler import Sampler
 from utils.evaluation.figures import rows_at_most
+from utils.evaluation.report import Point, Report, described
 from utils.runs.load import next_folder
 
 SHOWN = 32  # crystals in a picture
@@ -46,110 +43,93 @@ def make_order(args: Namespace, pipeline: CrystalPipeline, real: Real) -> Order:
     num_samples = args.num_samples or DEFAULT_CRYSTALS_OF_A_RUN
     if args.compositions_from_reference:
         rows = rows_at_most(len(real.held_out), num_samples).numpy()
-        return order_of_reference(pipeline, run_dir, real, rows, properties, args.clamp_composition)
+        clamp = args.clamp_composition
+        return order_of_reference(pipeline, run_dir, real, rows, assignments=properties, clamp_composition=clamp)
     return order_of_flags(
         pipeline,
         run_dir,
         real,
-        num_samples,
-        args.num_atoms,
-        args.seed,
-        args.composition or [],
-        args.chemical_system or [],
-        properties,
-        args.clamp_composition,
-        parse_targets(args.property_targets) if args.property_targets else None,
+        num_samples=num_samples,
+        num_atoms=args.num_atoms,
+        seed=args.seed,
+        compositions=args.composition or [],
+        chemical_systems=args.chemical_system or [],
+        assignments=properties,
+        clamp_composition=args.clamp_composition,
+        targets=parse_targets(args.property_targets) if args.property_targets else None,
     )
 
 
 def sample_point(
     args: Namespace, real: Real, folder: Path, name: str, with_null: bool
-) -> tuple[Column, Column | None, dict[str, Any]]:
+) -> tuple[SampleSet, SampleSet | None, dict[str, Any]]:
     """Samples the run as sample.py does, and leaves in `folder` what it leaves -> the samples, the null of random
     latents if it is wanted, and the settings.
     """
-    pipeline = load_model(Path(args.model), args.ema_sigma_rel)
-    guide = load_crystal_guide(args.guide_model, pipeline) if args.guide_model else None
-    pipeline.scheduler = sampling_scheduler(pipeline.scheduler, args.scheduler, args.num_inference_steps)
-    device = usable_device(args.device)
-    pipeline.to(device)
-    if guide is not None:
-        guide.to(device)
-    order = make_order(args, pipeline, real)
-    settings = guidance_settings(
-        pipeline,
-        order.requests,
-        args.guidance_scale,
-        args.guidance_interval,
-        args.guidance_rescale,
-        args.num_inference_steps,
-        with_guide=guide is not None,
+    sampler = Sampler.of(args, Path(args.model))
+    order = make_order(args, sampler.pipeline, real)
+    crystals = sampler.sample_all(
+        order.requests, args.seed, args.batch_size, args.mixed_precision, num_atoms=order.num_atoms
     )
-    crystals = []
-    with tqdm(total=len(order.requests), unit=" crystals", desc="samples", leave=False) as progress:
-        for batch in sample_crystals(
-            pipeline,
-            order.requests,
-            order.num_atoms,
-            settings,
-            args.seed,
-            args.batch_size,
-            args.mixed_precision,
-            args.clamp_composition,
-            guide,
-        ):
-            crystals += batch
-            progress.update(len(batch))
-    settings |= {name: getattr(args, name) for name in ("guide_model", "ema_sigma_rel") if getattr(args, name)}
-    settings |= {"model": args.model, "scheduler": type(pipeline.scheduler).__name__}
+    settings = sampler.settings(order.requests)
     folder.mkdir(parents=True)
     save_crystals(folder, crystals, order.requests, settings, args.seed)
-    null = random_latents(pipeline, order, args.seed, args.batch_size) if with_null else None
-    return Column(name or SAMPLES, SAMPLES, crystals, order.requests, order.counterparts), null, settings
+    null = random_latents(sampler.pipeline, order, args.seed, args.batch_size) if with_null else None
+    return SampleSet(name or SAMPLES, SAMPLES, crystals, order.requests, order.counterparts), null, settings
 
 
-def evaluate_crystals(args: Namespace) -> None:
+def evaluate(args: Namespace) -> None:
     """`evaluate.py --modality crystal`."""
     # Load
     calculator = load_calculator(args.calculator) if args.calculator else None
     if args.model is not None:
-        load_model(Path(args.model), None)  # what is wrong with it shows before the real crystals are read
+        load_run(args.model)  # what is wrong with it shows before the real crystals are read
     real = open_real(
-        args.reference, args.reference_split, args.training_data, args.training_data_split, args.max_atoms
+        args.reference,
+        args.reference_split,
+        training_data=args.training_data,
+        training_split=args.training_data_split,
+        max_atoms=args.max_atoms,
     )
     output_dir = Path(args.output_dir) if args.output_dir else None
     output_dir = output_dir or next_folder((Path(args.model) if args.model else Path("runs")) / "evaluated")
 
     # Sample
-    columns: list[Column] = []
-    nulls: list[Column] = []
+    samples: list[SampleSet] = []
+    nulls: list[SampleSet] = []
     notes: list[str] = []
     settings: dict[str, Any] = {}
     swept: dict[str, Any] = {}
     if args.samples is not None:
         given, notes = read_given(args.samples, args.samples_split, args.num_samples, real)
-        columns.append(given)
+        samples.append(given)
     for swept in sweep_points(args) if args.samples is None else []:
         name = " ".join(f"{key} {value:g}" for key, value in swept.items())
         chosen = Namespace(**(vars(args) | swept))
         folder = output_dir / "samples" / (name.replace(" ", "_") or "all")
-        column, null, settings = sample_point(chosen, real, folder, name, with_null=not nulls)
-        columns.append(column)
+        sampled, null, settings = sample_point(chosen, real, folder, name, with_null=not nulls)
+        samples.append(sampled)
         nulls += [null] if null is not None else []
-    requests = columns[0].requests
+    requests = samples[0].requests
     asked = list(dict.fromkeys(name for request in requests for name in request))
     rows = rows_at_most(len(real.held_out), len(requests)).numpy()
-    held_out = real.column(rows, asked, with_counterparts=any(columns[0].counterparts))
-    permuted = [each for column in columns if (each := shuffled(column, args.seed)) is not None]
+    held_out = real.sample_set(rows, asked, with_counterparts=any(samples[0].counterparts))
+    permuted = [null for each in samples if (null := shuffled(each, args.seed)) is not None]
 
     # Measure
-    judge = Judge(real, held_out, args.num_match_processes, args.match_timeout, calculator)
-    judge.learn(requests)
+    judge = Judge.learn(
+        real,
+        held_out,
+        requests,
+        calculator=calculator,
+        num_processes=args.num_match_processes,
+        timeout_s=args.match_timeout,
+    )
     points = []
-    for column in [*columns, held_out, *nulls]:
-        pictures = [("structures", crystal_grid(column.crystals[:SHOWN]))]
-        points.append(report.Point(column.name, groups_of(column, judge), pictures))
-    points += [report.Point(column.name, groups_of(column, judge, OF_REQUESTS)) for column in permuted]
+    for each in [*samples, held_out, *nulls]:
+        pictures = [("structures", crystal_grid(each.crystals[:SHOWN]))]
+        points.append(Point(each.name, groups_of(each, judge), pictures))
+    points += [Point(each.name, groups_of(each, judge, REQUEST_GROUPS)) for each in permuted]
 
     # Report
     of_split = f", split {args.reference_split}" if "split" in real.held_out.columns else ""
@@ -160,15 +140,22 @@ def evaluate_crystals(args: Namespace) -> None:
     if real.training is not None:
         facts["training data"] = f"{args.training_data} ({len(real.training)} crystals)"
     if settings:
-        facts["sampling"] = ", ".join(f"{key} {value}" for key, value in settings.items() if key not in swept)
+        facts["sampling"] = described(settings, without=swept)
     for flag, table in (("--reference", real.held_out), ("--training_data", real.training)):
         if table is not None and table.skipped:
             notes.append(f"{flag}: {len(table.skipped)} crystals are left out ({table.skipped[0]['reason']}, ...)")
     if asked and not permuted:
         notes.append("all samples were asked for the same: there is no null of shuffled conditions")
-    titles = titles_of(requests)
-    arguments = {name: value for name, value in sorted(vars(args).items()) if name not in ("given", "typed", "config")}
-    sweep = args.sweep[0] if args.sweep else None
-    report.write(output_dir, facts, notes, points, titles, sweep, arguments, heading="{}", remark=REMARK)
-    print(report.side_by_side(points, titles))
-    print("\n".join(["", *notes, f"metrics.json and report.html in {output_dir}"]))
+    report = Report(
+        facts=facts,
+        points=points,
+        titles=titles_of(requests),
+        notes=notes,
+        sweep=args.sweep[0] if args.sweep else None,
+        arguments=saved_arguments(args),
+        heading="{}",
+        remark=REMARK,
+    )
+    report.write(output_dir)
+    print(report.text())
+    print(f"metrics.json and report.html in {output_dir}")

@@ -1,8 +1,8 @@
-"""What figures of crystals need: a regressor of properties, a hull of energies, and what is found of each crystal."""
+"""What figures of crystals need: regressors of properties, a hull of energies, and facts about each crystal."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -15,42 +15,32 @@ from utils.crystal.evaluation.metrics import (
     fingerprints,
     is_compositionally_valid,
 )
-from utils.crystal.evaluation.samples import Column, Real, number_columns
+from utils.crystal.evaluation.samples import Real, SampleSet, number_columns
 from utils.crystal.matching import is_structurally_valid, novel, unique
 from utils.crystal.structure import Crystal, counts_of
 from utils.errors import UserError
-from utils.evaluation.figures import rows_at_most
-
-MIN_TO_LEARN = 20  # crystals with a value, for a regressor
+from utils.evaluation.regressors import Regressor, Regressors, number_names
 
 
-class Regressor:
-    """A property of crystals from their fingerprints, by gradient-boosted trees fitted to real training crystals. It
-    stands for a calculation that nobody has made of samples; its own error must be shown beside whatever it says.
+def property_regressor(real: Real, name: str) -> Regressor:
+    """A regressor of a property from the fingerprints of crystals, by gradient-boosted trees. Raises UserError where
+    the property is not known of training crystals and of held-out ones.
     """
+    from sklearn.ensemble import HistGradientBoostingRegressor
 
-    def __init__(self, training: CrystalTable, name: str):
-        """Raises UserError for fewer than 20 training crystals that have a value."""
-        from sklearn.ensemble import HistGradientBoostingRegressor
-
-        known = np.flatnonzero(np.isfinite(number_columns(training)[name]))
-        rows = known[rows_at_most(len(known), MAX_COMPARED).numpy()]
-        features, values = fingerprints(training.take(rows).crystals()), training.columns[name][rows]
-        sound = np.isfinite(features).all(axis=1)
-        if sound.sum() < MIN_TO_LEARN:
-            raise UserError(
-                f"--training_data: {int(sound.sum())} crystals with a value of {name}; a regressor needs at least "
-                f"{MIN_TO_LEARN}"
-            )
-        self.model = HistGradientBoostingRegressor(random_state=0).fit(features[sound], values[sound])
-
-    def predict(self, features: np.ndarray) -> np.ndarray:
-        """Fingerprints (n, D) -> (n,), NaN for what has none."""
-        predicted = np.full(len(features), np.nan)
-        sound = np.isfinite(features).all(axis=1)
-        if sound.any():
-            predicted[sound] = self.model.predict(features[sound])
-        return predicted
+    training = real.training
+    if training is None:
+        raise UserError("needs --training_data, which a regressor learns it from")
+    if name not in number_columns(training):
+        raise UserError(f"--training_data has no column of numbers {name}")
+    if name not in number_columns(real.held_out):
+        raise UserError(f"--reference has no column of numbers {name}: what its error is, nobody knows")
+    return Regressor.fit(
+        HistGradientBoostingRegressor(random_state=0),
+        number_columns(training)[name],
+        features_of=lambda rows: fingerprints(training.take(rows).crystals()),
+        max_rows=MAX_COMPARED,
+    )
 
 
 def all_fingerprints(crystals: Sequence[Crystal]) -> np.ndarray:
@@ -91,75 +81,67 @@ class Hull:
         return [(counts_of(self.training.crystal(row).atomic_numbers), energy) for row, energy in energy_of.items()]
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Judge:
-    """What all columns are judged by."""
+    """What every set of crystals is judged by."""
 
     real: Real
-    held_out: Column
+    held_out: SampleSet
+    regressors: Regressors
+    hull: Hull | None
+    calculator: Any  # of ASE; None without --calculator
     num_processes: int
     timeout_s: float
-    calculator: Any = None
-    regressors: dict[str, Regressor] = field(init=False)
-    reasons: dict[str, str] = field(init=False)  # of asked properties that cannot be predicted
-    hull: Hull | None = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.regressors, self.reasons = {}, {}
-        training = self.real.training
-        self.hull = Hull(training, self.calculator) if training is not None and self.calculator is not None else None
-
-    def learn(self, requests: Sequence[dict[str, Any]]) -> None:
-        """Fits a regressor to each property that is asked for."""
-        for name in properties_of(requests):
-            if self.real.training is None:
-                self.reasons[name] = "needs --training_data, which a regressor learns it from"
-            elif name not in number_columns(self.real.training):
-                self.reasons[name] = f"--training_data has no column of numbers {name}"
-            elif name not in number_columns(self.real.held_out):
-                self.reasons[name] = f"--reference has no column of numbers {name}: what its error is, nobody knows"
-            elif name not in self.regressors:
-                self.regressors[name] = Regressor(self.real.training, name)
-
-
-def properties_of(requests: Sequence[dict[str, Any]]) -> list[str]:
-    """The names of the numbers that are asked for."""
-    return list(
-        dict.fromkeys(
-            name
-            for request in requests
-            for name, value in request.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
+    @classmethod
+    def learn(
+        cls,
+        real: Real,
+        held_out: SampleSet,
+        requests: Sequence[dict[str, Any]],
+        *,
+        calculator: Any,
+        num_processes: int,
+        timeout_s: float,
+    ) -> "Judge":
+        """Fits a regressor to each property that is asked for; the hull needs training crystals and a calculator."""
+        return cls(
+            real=real,
+            held_out=held_out,
+            regressors=Regressors.learn(number_names(requests), partial(property_regressor, real)),
+            hull=None if real.training is None or calculator is None else Hull(real.training, calculator),
+            calculator=calculator,
+            num_processes=num_processes,
+            timeout_s=timeout_s,
         )
-    )
 
 
 @dataclass
 class Evidence:
-    """What is found of each crystal of a column, once, when it is needed."""
+    """What is found out about each crystal of a set, once, when it is needed."""
 
-    column: Column
+    samples: SampleSet
     judge: Judge
 
     @cached_property
     def structural(self) -> np.ndarray:
-        """(n,) bool."""
-        return np.array([is_structurally_valid(each) for each in self.column.crystals])
+        """(n,) bool: valid in structure."""
+        return np.array([is_structurally_valid(each) for each in self.samples.crystals])
 
     @cached_property
     def valid(self) -> np.ndarray:
-        """(n,) bool: in structure and composition."""
+        """(n,) bool: valid in structure and composition."""
         return self.structural & self.compositional
 
     @cached_property
     def compositional(self) -> np.ndarray:
-        """(n,) bool."""
-        return np.array([is_compositionally_valid(each.atomic_numbers) for each in self.column.crystals])
+        """(n,) bool: valid in composition."""
+        return np.array([is_compositionally_valid(each.atomic_numbers) for each in self.samples.crystals])
 
     @cached_property
     def is_unique(self) -> np.ndarray:
         """(n,) bool, False where the structure is not valid."""
-        return self.structural & unique(self.column.crystals, self.judge.num_processes, self.judge.timeout_s)
+        return self.structural & unique(self.samples.crystals, self.judge.num_processes, self.judge.timeout_s)
 
     @cached_property
     def is_novel(self) -> np.ndarray | None:
@@ -168,4 +150,4 @@ class Evidence:
         if training is None:
             return None
         how = (self.judge.num_processes, self.judge.timeout_s)
-        return self.structural & novel(self.column.crystals, training.crystals(), *how)
+        return self.structural & novel(self.samples.crystals, training.crystals(), *how)

@@ -12,13 +12,12 @@ import torch
 from utils.crystal.data.cif import crystal_of_arrays, crystal_of_cif, has_arrays
 from utils.crystal.data.table import CIF_COLUMN, CrystalTable, load_crystals, open_crystals
 from utils.crystal.files import LINES_FILE, TABLE_FILE, read_samples
-from utils.crystal.pipeline import CrystalPipeline, load_crystal_run
+from utils.crystal.pipeline import CrystalPipeline
 from utils.crystal.sampler import clamped_counts, numbers_of_atoms, requested_crystals
 from utils.crystal.structure import Crystal, counts_of, element_symbols, formula_of, parse_formula
 from utils.diffusion.sampling import batches, image_generators
 from utils.errors import UserError
 from utils.evaluation.figures import rows_at_most
-from utils.runs.load import find_run
 from utils.runs.requests import not_a_condition
 
 UNREADABLE = Crystal(np.zeros(0, dtype=np.int64), np.zeros((0, 3)), np.zeros((3, 3)))  # valid to nothing
@@ -26,7 +25,7 @@ SAMPLES, HELD_OUT, RANDOM_LATENTS, SHUFFLED = "samples", "held-out real", "rando
 
 
 @dataclass
-class Column:
+class SampleSet:
     """Crystals that are judged together, and what each of them was asked to be."""
 
     name: str
@@ -57,9 +56,9 @@ class Real:
         formulas = [formula_of(atoms_of(each["composition"])) if "composition" in each else "" for each in requests]
         return [[self.held_out.crystal(row) for row in self.by_formula.get(formula, [])] for formula in formulas]
 
-    def column(self, rows: np.ndarray, asked: Sequence[str], with_counterparts: bool) -> Column:
-        """Held-out crystals as a column, each as if it were the answer to what it is: its composition, chemical system
-        and numbers, of those that are named in `asked`; and, `with_counterparts`, its own counterpart.
+    def sample_set(self, rows: np.ndarray, asked: Sequence[str], with_counterparts: bool) -> SampleSet:
+        """Held-out crystals to be judged as samples, each as if it were the answer to what it is: its composition,
+        chemical system and numbers, of those that are named in `asked`; and, `with_counterparts`, its own counterpart.
         """
         table = self.held_out.take(rows)
         crystals = table.crystals()
@@ -73,11 +72,11 @@ class Real:
             own |= {name: float(v[i]) for name, v in number_columns(table).items() if np.isfinite(v[i])}
             request |= {name: own[name] for name in asked if name in own}
         counterparts = [[crystal] if with_counterparts else [] for crystal in crystals]
-        return Column(HELD_OUT, HELD_OUT, crystals, requests, counterparts)
+        return SampleSet(HELD_OUT, HELD_OUT, crystals, requests, counterparts)
 
 
 def open_real(
-    reference: str, reference_split: str, training_data: str | None, training_split: str, max_atoms: int
+    reference: str, reference_split: str, *, training_data: str | None, training_split: str, max_atoms: int
 ) -> Real:
     """The real crystals of the flags. Raises UserError where the one is the other."""
     held_out = load_crystals(reference, reference_split, max_atoms, flag="--reference")
@@ -101,7 +100,7 @@ def atoms_of(formula: str) -> np.ndarray:
 # ---- samples that are there
 
 
-def read_given(path: str, split: str | None, num_samples: int | None, real: Real) -> tuple[Column, list[str]]:
+def read_given(path: str, split: str | None, num_samples: int | None, real: Real) -> tuple[SampleSet, list[str]]:
     """The crystals of --samples, and notes on them. Nothing is left out or mended: what cannot be read is a sample
     that is not valid. Raises UserError where there are none.
     """
@@ -119,7 +118,7 @@ def read_given(path: str, split: str | None, num_samples: int | None, real: Real
         raise UserError(f"--samples: {path} holds no crystals; give some")
     kept = [int(row) for row in rows_at_most(len(crystals), num_samples or len(crystals))]
     crystals, requests = [crystals[row] for row in kept], [requests[row] for row in kept]
-    return Column(SAMPLES, SAMPLES, crystals, requests, real.counterparts(requests)), notes
+    return SampleSet(SAMPLES, SAMPLES, crystals, requests, real.counterparts(requests)), notes
 
 
 def read_rows(rows: list[dict[str, Any]]) -> tuple[list[Crystal], list[str]]:
@@ -150,16 +149,11 @@ class Order:
     counts: list[dict[int, int]] | None  # atoms of each element, where the composition is clamped
 
 
-def load_model(run_dir: Path, ema_sigma_rel: float | None) -> CrystalPipeline:
-    """The crystal run of --model. Raises UserError for a folder that is no run."""
-    find_run(run_dir, "--model")
-    return load_crystal_run(run_dir, ema_sigma_rel)
-
-
 def order_of_flags(
     pipeline: CrystalPipeline,
     run_dir: Path,
     real: Real,
+    *,
     num_samples: int,
     num_atoms: int | None,
     seed: int,
@@ -216,6 +210,7 @@ def order_of_reference(
     run_dir: Path,
     real: Real,
     rows: np.ndarray,
+    *,
     assignments: Sequence[str],
     clamp_composition: bool,
 ) -> Order:
@@ -243,10 +238,10 @@ def order_of_reference(
 # ---- nulls
 
 
-def random_latents(pipeline: CrystalPipeline, order: Order, seed: int, batch_size: int) -> Column:
+def random_latents(pipeline: CrystalPipeline, order: Order, seed: int, batch_size: int) -> SampleSet:
     """What the decoder makes of noise, with the numbers of atoms of the samples: the run without its denoiser."""
     crystals = [crystal for batch in decoded_noise(pipeline, order, seed, batch_size) for crystal in batch]
-    return Column(f"null: {RANDOM_LATENTS}", RANDOM_LATENTS, crystals, order.requests, order.counterparts)
+    return SampleSet(f"null: {RANDOM_LATENTS}", RANDOM_LATENTS, crystals, order.requests, order.counterparts)
 
 
 def decoded_noise(pipeline: CrystalPipeline, order: Order, seed: int, batch_size: int) -> Iterator[list[Crystal]]:
@@ -260,18 +255,18 @@ def decoded_noise(pipeline: CrystalPipeline, order: Order, seed: int, batch_size
         yield pipeline.decode(latents.to(pipeline.vae.device), torch.tensor(sizes), counts)
 
 
-def shuffled(column: Column, seed: int) -> Column | None:
+def shuffled(samples: SampleSet, seed: int) -> SampleSet | None:
     """The same samples judged by what others were asked for; None where all were asked for the same."""
-    if len({tuple(sorted((name, str(value)) for name, value in each.items())) for each in column.requests}) < 2:
+    if len({tuple(sorted((name, str(value)) for name, value in each.items())) for each in samples.requests}) < 2:
         return None
-    places = np.random.default_rng(seed).permutation(len(column.requests))
-    name = "null: shuffled conditions" if column.name == SAMPLES else f"{column.name}, null: shuffled conditions"
+    places = np.random.default_rng(seed).permutation(len(samples.requests))
+    name = "null: shuffled conditions" if samples.name == SAMPLES else f"{samples.name}, null: shuffled conditions"
     return replace(
-        column,
+        samples,
         name=name,
         kind=SHUFFLED,
-        requests=[column.requests[place] for place in places],
-        counterparts=[column.counterparts[place] for place in places],
+        requests=[samples.requests[place] for place in places],
+        counterparts=[samples.counterparts[place] for place in places],
     )
 
 

@@ -7,8 +7,8 @@ from utils.args.checks import check_new_folder
 from utils.args.parsing import positive_int, required
 from utils.args.sampling import SWEEPS, check_sweep
 from utils.errors import UserError
+from utils.expression.args import CELLS_AT_ONCE
 
-CELLS_AT_ONCE = 1024  # they are small
 SPLITS = ("train", "val", "test", "all")
 OF_SAMPLING = (
     *("model", "sweep", "seeds", "guidance_scale", "guidance_interval", "guidance_rescale", "guide_model"),
@@ -16,17 +16,14 @@ OF_SAMPLING = (
 )
 
 
-def add_cell_evaluation_args(parser: ArgumentParser) -> None:
+def add_evaluation_args(parser: ArgumentParser) -> None:
     """All flags of an evaluation of cells."""
-    add_cell_comparison_args(parser)
-    add_cell_measurement_args(parser)
-    sample_args.add_sampler_args(parser)
-    batch_size = next(action for action in parser._actions if action.dest == "batch_size")
-    batch_size.default = CELLS_AT_ONCE
-    batch_size.help = f"Cells made at once. Default: {CELLS_AT_ONCE}."
+    add_comparison_args(parser)
+    add_measurement_args(parser)
+    sample_args.add_sampler_args(parser, batch_size=CELLS_AT_ONCE)
 
 
-def add_cell_comparison_args(parser: ArgumentParser) -> None:
+def add_comparison_args(parser: ArgumentParser) -> None:
     """Which cells are compared with which."""
     group = parser.add_argument_group("cells; without --samples, --model is sampled")
     group.add_argument("--model", default=None, help="A run's folder or a checkpoint, which is sampled.")
@@ -82,7 +79,7 @@ def add_cell_comparison_args(parser: ArgumentParser) -> None:
     )
 
 
-def add_cell_measurement_args(parser: ArgumentParser) -> None:
+def add_measurement_args(parser: ArgumentParser) -> None:
     """How often the run is sampled, and what is left out."""
     group = parser.add_argument_group("measurement")
     group.add_argument(
@@ -109,7 +106,7 @@ def add_cell_measurement_args(parser: ArgumentParser) -> None:
     )
 
 
-def check_cell_eval_args(args: Namespace) -> None:
+def check_evaluation_args(args: Namespace) -> None:
     """Refuses combinations that make no sense, with the reason. A file that gives one value sets it alike."""
     required(args, "reference")
     if args.samples is not None:

@@ -10,37 +10,35 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from utils.args.parsing import saved_arguments
 from utils.args.sampling import sweep_points
-from utils.diffusion.denoiser import ConditionalDenoiser
-from utils.diffusion.sampling import sampling_scheduler, usable_device
+from utils.diffusion.sampling import usable_device
 from utils.errors import UserError
-from utils.evaluation import report
 from utils.evaluation.figures import Group, over_seeds
-from utils.expression import sampler as expression_requests
+from utils.evaluation.regressors import number_names
+from utils.evaluation.report import Point, Report, described
 from utils.expression.evaluation.figures import groups_by_type, groups_of, titles_of
 from utils.expression.evaluation.judge import Judge
-from utils.expression.evaluation.nulls import Posterior, columns_beside, laws_of_nulls
+from utils.expression.evaluation.nulls import Posterior, laws_of_nulls, sets_beside
 from utils.expression.evaluation.real import MIN_CELLS, Real, open_real
 from utils.expression.evaluation.samples import (
     GAUSSIAN,
     SAMPLES,
-    Column,
     Requests,
+    SampleSet,
     draw_rows,
     given_requests,
     known_by_columns,
     label_column_of,
-    load_model,
-    number_names,
     read_given,
     requests_of,
-    sampled_column,
+    sampled_set,
     text_columns_of,
 )
-from utils.expression.files import save_cells
 from utils.expression.pictures import check_umap, marker_plot, scatter_grid, shown, umap_points
-from utils.expression.pipeline import ExpressionPipeline, load_expression_guide
-from utils.runs.load import next_folder
+from utils.expression.pipeline import load_run
+from utils.expression.sampler import Sampler
+from utils.runs.load import RunFolder, next_folder
 
 REMARK = (
     "All columns are judged against the same test cells by the same functions, and normalised by the sum of the genes "
@@ -52,101 +50,56 @@ OF_THE_DRAW = "Brackets hold 95 % intervals over the draw of the cells."
 OF_SEEDS = "Figures are means over {} seeds, brackets hold the lowest and the highest; the test cells are the same."
 
 
-@dataclass
-class Sampler:
-    """A run that is ready, and how it is sampled."""
-
-    pipeline: ExpressionPipeline
-    guide: ConditionalDenoiser | None
-    settings: dict[str, Any]
-
-
-def prepare_sampling(args: Namespace, requests: Requests) -> Sampler:
-    """As sample.py does. Raises UserError for guidance that contradicts itself or would do nothing."""
-    _, pipeline = load_model(Path(args.model), args.ema_sigma_rel)
-    guide = load_expression_guide(args.guide_model, pipeline) if args.guide_model else None
-    pipeline.scheduler = sampling_scheduler(pipeline.scheduler, args.scheduler, args.num_inference_steps)
-    device = usable_device(args.device)
-    pipeline.to(device)
-    if guide is not None:
-        guide.to(device)
-    settings = expression_requests.guidance_settings(
-        pipeline,
-        requests,
-        args.guidance_scale,
-        args.guidance_interval,
-        args.guidance_rescale,
-        args.num_inference_steps,
-        with_guide=guide is not None,
-    )
-    return Sampler(pipeline, guide, settings)
-
-
 def sample_seed(args: Namespace, sampler: Sampler, requests: Requests, seed: int, folder: Path) -> np.ndarray:
     """Samples as sample.py does, and leaves in `folder` what it leaves -> counts (n, G)."""
-    drawn = []
-    with tqdm(total=len(requests), unit=" cells", desc="samples", leave=False) as progress:
-        for batch in expression_requests.sample_cells(
-            sampler.pipeline,
-            [dict(each) for each in requests],
-            sampler.settings,
-            seed,
-            args.batch_size,
-            args.mixed_precision,
-            sampler.guide,
-        ):
-            drawn.append(batch)
-            progress.update(len(batch.counts))
-    counts, library_sizes = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
-    settings = sampler.settings | {n: getattr(args, n) for n in ("guide_model", "ema_sigma_rel") if getattr(args, n)}
-    settings |= {"model": args.model, "scheduler": type(sampler.pipeline.scheduler).__name__}
+    cells = sampler.sample_all(requests, seed, args.batch_size, args.mixed_precision)
     folder.mkdir(parents=True)
-    save_cells(folder, counts, library_sizes, sampler.pipeline.genes, requests, settings, seed)
-    return counts
+    sampler.save(folder, cells, requests, seed)
+    return np.stack([cell.counts for cell in cells])
 
 
 @dataclass
 class Measured:
-    """The figures of columns of one name, a list for each seed, and the first of these columns, for pictures."""
+    """The figures of sets of one name, a list for each seed, and the first of these sets, for pictures."""
 
-    first: Column
+    first: SampleSet
     groups: list[list[Group]]
     by_type: list[list[Group]]
 
 
 class Measurements(dict[str, Measured]):
-    """By the names of the columns, in the order in which they came."""
+    """What was measured, by the names of the sets, in the order in which they came."""
 
-    def add(self, column: Column, judge: Judge, progress: tqdm) -> None:
-        """Adds the figures of a column to those of its name."""
-        if column.name not in self:
-            self[column.name] = Measured(replace(column, cells=shown(column.cells)), [], [])
-        self[column.name].groups.append(groups_of(column, judge))
-        self[column.name].by_type.append(groups_by_type(column, judge))
+    def add(self, cells: SampleSet, judge: Judge, progress: tqdm) -> None:
+        """Adds the figures of a set to those of its name."""
+        if cells.name not in self:
+            self[cells.name] = Measured(replace(cells, cells=shown(cells.cells)), [], [])
+        self[cells.name].groups.append(groups_of(cells, judge))
+        self[cells.name].by_type.append(groups_by_type(cells, judge))
         progress.update()
 
 
 def pictures_of(
-    column: Column, judge: Judge, gaussian: Column | None, genes: Sequence[str], with_umap: bool
+    samples: SampleSet, judge: Judge, gaussian: SampleSet | None, genes: Sequence[str], with_umap: bool
 ) -> list[tuple[str, Image.Image]]:
     """UMAP and markers of samples beside real cells."""
     real, found = judge.real.test_cells, []
-    told = ", by the types that the classifier takes them for" if judge.tells_types_of(column.cells) else ""
+    told = ", by the types that the classifier takes them for" if judge.tells_types_of(samples.cells) else ""
     if with_umap:
-        panels = [("real cells", shown(real)), (SAMPLES, column.cells)]
+        panels = [("real cells", shown(real)), (SAMPLES, samples.cells)]
         panels += [(GAUSSIAN, gaussian.cells)] if gaussian is not None else []
         points = umap_points([cells for _, cells in panels])
         places = [(title, at, judge.types_of(cells)) for (title, cells), at in zip(panels, points, strict=True)]
         found.append((f"UMAP of all together{told}", scatter_grid(places)))
-    labels = judge.types_of(column.cells)
+    labels = judge.types_of(samples.cells)
     if real.labels is not None and labels is not None:
-        plot = marker_plot(real, column.cells, labels, genes, ("real cells", SAMPLES))
+        plot = marker_plot(real, samples.cells, labels, genes, ("real cells", SAMPLES))
         caption = f"markers{told}: the area of a dot is the share of cells with the gene, its colour the mean"
         found += [(caption, plot)] if plot is not None else []
     return found
 
 
-def evaluate_expression(args: Namespace) -> None:
+def evaluate(args: Namespace) -> None:
     """`evaluate.py --modality expression`."""
     # Load
     if args.umap:
@@ -156,20 +109,20 @@ def evaluate_expression(args: Namespace) -> None:
         given = read_given(args.samples, args.samples_layer, args.num_samples)
         genes, library, split_of = given.genes, "chosen", Path(args.split_of) if args.split_of else None
     else:
-        split_of, pipeline = load_model(Path(args.model), None)
+        split_of, pipeline = RunFolder.find(args.model).path, load_run(args.model)
         genes, library = pipeline.genes, pipeline.vae.config.library
         label_column = label_column_of(pipeline.columns, label_column)
     real = open_real(
         args.reference,
         args.reference_split,
-        args.training_data,
-        args.training_data_split,
-        args.counts_layer,
-        genes,
-        library,
-        split_of,
-        label_column,
-        text_columns_of(given) if given is not None else (),
+        training_data=args.training_data,
+        training_split=args.training_data_split,
+        counts_layer=args.counts_layer,
+        genes=genes,
+        library=library,
+        split_of=split_of,
+        label_column=label_column,
+        text_columns=text_columns_of(given) if given is not None else (),
     )
     output_dir = Path(args.output_dir) if args.output_dir else None
     output_dir = output_dir or next_folder((Path(args.model) if args.model else Path("runs")) / "evaluated")
@@ -196,53 +149,57 @@ def evaluate_expression(args: Namespace) -> None:
 
     # Measure
     samples, beside = Measurements(), Measurements()
-    progress = tqdm(unit=" columns", desc="measured", leave=False)
+    progress = tqdm(unit=" sets", desc="measured", leave=False)
     settings: dict[str, Any] = {}
     swept: dict[str, Any] = {}
     seeds = [args.seed + i * count for i in range(args.seeds)]
     if given is not None:
-        samples.add(sampled_column(SAMPLES, given.dense(slice(None)), requests, real.label_column), judge, progress)
+        samples.add(sampled_set(SAMPLES, given.dense(slice(None)), requests, real.label_column), judge, progress)
     for swept in sweep_points(args) if given is None else []:
         name = " ".join(f"{key} {value:g}" for key, value in swept.items())
         chosen = Namespace(**(vars(args) | swept))
-        sampler = prepare_sampling(chosen, requests)
-        settings = sampler.settings
+        sampler = Sampler.of(chosen, Path(args.model))
+        settings = sampler.guidance(requests).arguments()
         for i, seed in enumerate(seeds):
             folder = output_dir / "samples" / (name.replace(" ", "_") or "all")
             folder = folder / f"seed_{i}" if args.seeds > 1 else folder
             counts = sample_seed(chosen, sampler, requests, seed, folder)
-            samples.add(sampled_column(name or SAMPLES, counts, requests, real.label_column), judge, progress)
+            samples.add(sampled_set(name or SAMPLES, counts, requests, real.label_column), judge, progress)
     posterior = None
     if pipeline is not None and real.training is not None:
         pipeline.vae.to(usable_device(args.device))
         posterior = Posterior.of(pipeline.vae, real.training)
     for seed in seeds:
-        for column in columns_beside(real, requests, known, wanted, posterior, seed):
-            beside.add(column, judge, progress)
+        for each in sets_beside(real, asked=requests, known=known, wanted=wanted, posterior=posterior, seed=seed):
+            beside.add(each, judge, progress)
     progress.close()
 
     # Report
-    points, overall = [], []
+    points = []
     gaussian = beside[GAUSSIAN].first if GAUSSIAN in beside else None
     for name, found in (samples | beside).items():
         pictures = pictures_of(found.first, judge, gaussian, genes, args.umap) if name in samples else []
-        groups = over_seeds(found.groups)
-        overall.append(report.Point(name, groups))
-        points.append(report.Point(name, groups + over_seeds(found.by_type), pictures))
+        points.append(Point(name, over_seeds(found.groups), pictures, details=over_seeds(found.by_type)))
     times = f", {args.seeds} times" if args.seeds > 1 else ""
     facts = {"samples": f"{args.samples or args.model} ({count} cells of {len(genes)} genes{times})"}
     facts |= facts_of(args, real, split_of is not None)
     facts |= laws_of_nulls(known, posterior is not None) if beside else {}
     if settings:
-        facts["sampling"] = ", ".join(f"{key} {value}" for key, value in settings.items() if key not in swept)
-    notes = [*real.notes, *notes_of(judge, [column.first for column in samples.values()])]
-    titles = titles_of(judge)
-    arguments = {name: value for name, value in sorted(vars(args).items()) if name not in ("given", "typed", "config")}
-    sweep = args.sweep[0] if args.sweep else None
-    brackets = OF_THE_DRAW if args.seeds == 1 else OF_SEEDS.format(args.seeds)
-    report.write(output_dir, facts, notes, points, titles, sweep, arguments, "{}", REMARK, brackets)
-    print(report.side_by_side(overall, titles))
-    print("\n".join([brackets, *notes, f"metrics.json and report.html, with figures of each type, in {output_dir}"]))
+        facts["sampling"] = described(settings, without=swept)
+    report = Report(
+        facts=facts,
+        points=points,
+        titles=titles_of(judge),
+        notes=[*real.notes, *notes_of(judge, [each.first for each in samples.values()])],
+        sweep=args.sweep[0] if args.sweep else None,
+        arguments=saved_arguments(args),
+        heading="{}",
+        remark=REMARK,
+        brackets=OF_THE_DRAW if args.seeds == 1 else OF_SEEDS.format(args.seeds),
+    )
+    report.write(output_dir)
+    print(report.text())
+    print(f"metrics.json and report.html, with figures of each type, in {output_dir}")
 
 
 def facts_of(args: Namespace, real: Real, with_splits: bool) -> dict[str, str]:
@@ -259,8 +216,8 @@ def facts_of(args: Namespace, real: Real, with_splits: bool) -> dict[str, str]:
     return facts
 
 
-def notes_of(judge: Judge, samples: Sequence[Column]) -> list[str]:
-    """What else a reader must know."""
+def notes_of(judge: Judge, samples: Sequence[SampleSet]) -> list[str]:
+    """What else a reader of the report must know."""
     notes, labels = [], judge.real.test_cells.labels
     if judge.real.training is None:
         notes.append("without --training_data there is no control and no null: nothing says what a figure is worth")
@@ -268,6 +225,6 @@ def notes_of(judge: Judge, samples: Sequence[Column]) -> list[str]:
         known = set(judge.real.training_cells.types())
         if strange := sorted(set(labels) - known):
             notes.append(f"no training cell is of the types {', '.join(strange)}: the control is without them")
-    if labels is not None and any(column.cells.labels is None for column in samples):
+    if labels is not None and any(each.cells.labels is None for each in samples):
         notes.append(f"{judge.why_unlabelled}; figures that need the type of each sample are not measured")
     return notes

@@ -14,9 +14,11 @@ from utils.evaluation.figures import (
     Group,
     attempt,
     halves_figure,
+    measured_groups,
     merged,
-    spearman,
+    missing,
 )
+from utils.evaluation.regressors import spearman_figure, spearman_titles
 from utils.expression.evaluation.judge import Judge, train_on_synthetic_test_on_real
 from utils.expression.evaluation.markers import marker_figures
 from utils.expression.evaluation.metrics import (
@@ -29,7 +31,7 @@ from utils.expression.evaluation.metrics import (
     random_forest_figures,
 )
 from utils.expression.evaluation.real import Cells, equal_numbers, per_type
-from utils.expression.evaluation.samples import CEILING, CONTROL, SAMPLES, Column
+from utils.expression.evaluation.samples import CEILING, CONTROL, SAMPLES, SampleSet
 
 MIN_OF_TYPE = 20  # cells on both sides, for figures of a type by itself
 
@@ -62,37 +64,41 @@ NEED_TYPES = ("accuracy", "train_on_samples", "marker_overlap", "lfc_slope", "lf
 # ---- figures
 
 
-def told_apart(column: Column, judge: Judge) -> Found:
+def told_apart(samples: SampleSet, judge: Judge) -> Found:
+    """How well a random forest, and the neighbours of each cell, tell the cells from real ones."""
     real = judge.real.test_cells
     return merged(
-        attempt(("rf_auc", "rf_auc_pca50"), lambda: random_forest_figures(real, column.cells, seed=0)),
-        attempt(("lisi",), lambda: lisi_figure(real, column.cells)),
+        attempt(("rf_auc", "rf_auc_pca50"), lambda: random_forest_figures(real, samples.cells, seed=0)),
+        attempt(("lisi",), lambda: lisi_figure(real, samples.cells)),
     )
 
 
-def distances(column: Column, judge: Judge) -> Found:
-    return attempt(("w2", "mmd"), lambda: distance_figures(judge.real.test_cells, column.cells, seed=0))
+def distances(samples: SampleSet, judge: Judge) -> Found:
+    """Distances between the distributions of the cells and of real ones."""
+    return attempt(("w2", "mmd"), lambda: distance_figures(judge.real.test_cells, samples.cells, seed=0))
 
 
-def genes(column: Column, judge: Judge) -> Found:
-    figures, missing = attempt(("zero_fraction",), lambda: gene_figures(judge.real.test_cells, column.cells))
-    return {name: figures[name] for name in TITLES if name in figures}, missing  # the one that says nothing comes last
+def genes(samples: SampleSet, judge: Judge) -> Found:
+    """Zeros, means and variances of genes; the figure that says nothing comes last."""
+    figures, reasons = attempt(("zero_fraction",), lambda: gene_figures(judge.real.test_cells, samples.cells))
+    return Found({name: figures[name] for name in TITLES if name in figures}, reasons)
 
 
-def types(column: Column, judge: Judge) -> Found:
+def types(samples: SampleSet, judge: Judge) -> Found:
+    """Whether the cells are of their types, and the types in their proportions."""
     if judge.real.test_cells.labels is None:
-        return {}, dict.fromkeys((*NEED_TYPES, "type_distribution"), "needs --label_column")
-    return merged(types_as_asked(column, judge), types_as_told(column, judge))
+        return missing(*NEED_TYPES, "type_distribution", why="needs --label_column")
+    return merged(types_as_asked(samples, judge), types_as_told(samples, judge))
 
 
-def types_as_asked(column: Column, judge: Judge) -> Found:
-    """Figures that need the type of each cell of the column."""
-    cells, test = column.cells, judge.real.test_cells
+def types_as_asked(samples: SampleSet, judge: Judge) -> Found:
+    """Figures that need the type that each cell was asked to be."""
+    cells, test = samples.cells, judge.real.test_cells
     if cells.labels is None:
-        return {}, dict.fromkeys(NEED_TYPES, judge.why_unlabelled)
-    accuracy: Found = {}, {"accuracy": NO_CLASSIFIER}
+        return missing(*NEED_TYPES, why=judge.why_unlabelled)
+    accuracy = missing("accuracy", why=NO_CLASSIFIER)
     if judge.classifier is not None:
-        accuracy = {"accuracy": judge.classifier.accuracy(column.told)}, {}
+        accuracy = Found({"accuracy": judge.classifier.accuracy(samples.told)}, {})
     return merged(
         accuracy,
         attempt(NEED_TYPES[1:2], lambda: {NEED_TYPES[1]: train_on_synthetic_test_on_real(cells, test, seed=0)}),
@@ -100,13 +106,13 @@ def types_as_asked(column: Column, judge: Judge) -> Found:
     )
 
 
-def types_as_told(column: Column, judge: Judge) -> Found:
-    """What needs no types but those of the test cells."""
+def types_as_told(samples: SampleSet, judge: Judge) -> Found:
+    """Figures that need the types of the test cells alone."""
     labels = judge.real.test_cells.labels
     if judge.classifier is None or labels is None:
-        return {}, {"type_distribution": NO_CLASSIFIER}
-    predicted = judge.classifier.model.predict(column.told.log_normalised())
-    return {"type_distribution": type_distribution(predicted, labels)}, {}
+        return missing("type_distribution", why=NO_CLASSIFIER)
+    predicted = judge.classifier.model.predict(samples.told.log_normalised())
+    return Found({"type_distribution": type_distribution(predicted, labels)}, {})
 
 
 def type_distribution(predicted: np.ndarray, labels: np.ndarray) -> Figure:
@@ -123,30 +129,30 @@ def type_distribution(predicted: np.ndarray, labels: np.ndarray) -> Figure:
     return halves_figure(distance, codes, f"against {len(labels)}", 0, 1)
 
 
-def answers(column: Column, judge: Judge) -> Found:
+def answers(samples: SampleSet, judge: Judge) -> Found:
     """Numbers that were asked for, against what the regressor says of the cells."""
     figures: dict[str, Figure] = {}
-    for name, regressor in judge.regressors.items():
-        asked = column.asked.get(name, np.full(len(column.told), np.nan))
+    for name, regressor in judge.regressors.by_name.items():
+        asked = samples.asked.get(name, np.full(len(samples.told), np.nan))
         known = np.isfinite(asked)
         if known.sum() >= MIN_FOR_HALVES:
-            predicted = regressor.predict(column.told)
-            pairs = np.stack([asked[known], predicted[known]], axis=1)
-            figures[f"{name}_spearman"] = halves_figure(spearman, pairs, "", -1, 1)
-    return figures, {f"{name}_spearman": why for name, why in judge.reasons.items()}
+            predicted = regressor.predict(samples.told.log_normalised())
+            figures |= spearman_figure(name, asked[known], predicted[known])
+    return Found(figures, judge.regressors.not_measured())
 
 
-def copies(column: Column, judge: Judge) -> Found:
-    if column.kind == CONTROL:
-        return {}, {}  # they are training cells
+def copies(samples: SampleSet, judge: Judge) -> Found:
+    """Whether the cells lie nearer to training cells than held-out cells do."""
+    if samples.kind == CONTROL:
+        return Found({}, {})  # they are training cells
     training = judge.real.training_cells
     if training is None:
-        return {}, {"copies": "needs --training_data"}
+        return missing("copies", why="needs --training_data")
     names = ("copies", "nearest_ratio")
-    return attempt(names, lambda: memorising_figures(column.cells, judge.real.test_cells, training))
+    return attempt(names, lambda: memorising_figures(samples.cells, judge.real.test_cells, training))
 
 
-GROUPS: dict[str, Callable[[Column, Judge], Found]] = {
+GROUPS: dict[str, Callable[[SampleSet, Judge], Found]] = {
     "Can it be told from real": told_apart,
     "Distances": distances,
     "Genes": genes,
@@ -156,19 +162,16 @@ GROUPS: dict[str, Callable[[Column, Judge], Found]] = {
 }
 
 
-def groups_of(column: Column, judge: Judge) -> list[Group]:
-    """The figures of a column; why some cannot be had is said with the samples."""
-    groups = []
-    for title, measure in GROUPS.items():
-        figures, missing = measure(column, judge)
-        groups.append(Group(title, figures, missing if column.kind == SAMPLES else {}))
-    return [group for group in groups if group.figures or group.not_measured]
+def groups_of(samples: SampleSet, judge: Judge) -> list[Group]:
+    """The figures of a set of cells; why some could not be measured is said with the samples alone."""
+    return measured_groups(GROUPS, samples, judge, with_reasons=samples.kind == SAMPLES)
 
 
 # ---- type by type
 
 
 def forest_of_type(real: Cells, generated: Cells) -> dict[str, Figure]:
+    """How well a random forest tells cells of one type from as many real ones."""
     real, generated = equal_numbers(real, generated, MAX_JUDGED, seed=0)
     return {"rf_auc": forest_figure(real.log_normalised(), generated.log_normalised(), seed=0)}
 
@@ -186,23 +189,23 @@ IN_TYPES = {  # figure -> the heading of its table, in which each type has a row
 }
 
 
-def groups_by_type(column: Column, judge: Judge) -> list[Group]:
+def groups_by_type(samples: SampleSet, judge: Judge) -> list[Group]:
     """The figures of each type by itself, of samples, control and ceiling, where both sides have 20 cells of it."""
     test = judge.real.test_cells
-    if column.kind not in (SAMPLES, CONTROL, CEILING) or test.labels is None:
+    if samples.kind not in (SAMPLES, CONTROL, CEILING) or test.labels is None:
         return []
-    if column.cells.labels is None:
+    if samples.cells.labels is None:
         return [Group(IN_TYPES["rf_auc"], {}, {"By type": judge.why_unlabelled})]
     few = {f"rf_auc of {kind}": f"fewer than {MIN_OF_TYPE} cells" for kind in sorted(set(test.labels))}
     groups = []
     for name, measure in OF_TYPES.items():
-        of_types = per_type(measure, test, column.cells, MIN_OF_TYPE)
+        of_types = per_type(measure, test, samples.cells, MIN_OF_TYPE)
         figures = {f"{name} of {kind}": found[name] for kind, found in of_types.items()}
         few = {key: why for key, why in few.items() if key not in figures}
-        groups.append(Group(IN_TYPES[name], figures, few if name == "rf_auc" and column.kind == SAMPLES else {}))
+        groups.append(Group(IN_TYPES[name], figures, few if name == "rf_auc" and samples.kind == SAMPLES else {}))
     if judge.classifier is not None:
-        labels = column.told.types()
-        own = {kind: column.told.take(labels == kind) for kind in sorted(set(labels)) if (labels == kind).any()}
+        labels = samples.told.types()
+        own = {kind: samples.told.take(labels == kind) for kind in sorted(set(labels)) if (labels == kind).any()}
         figures = {f"accuracy of {k}": judge.classifier.accuracy(v) for k, v in own.items() if len(v) >= MIN_OF_TYPE}
         groups.append(Group(IN_TYPES["accuracy"], figures, {}))
     return [group for group in groups if group.figures or group.not_measured]
@@ -210,9 +213,7 @@ def groups_by_type(column: Column, judge: Judge) -> list[Group]:
 
 def titles_of(judge: Judge) -> dict[str, tuple[str, str]]:
     """`TITLES`, and those of the types and of the numbers that are asked for."""
-    titles = dict(TITLES)
-    for name in [*judge.regressors, *judge.reasons]:
-        titles[f"{name}_spearman"] = (f"{name}: Spearman of asked and predicted", HIGHER)
+    titles = TITLES | spearman_titles([*judge.regressors.by_name, *judge.regressors.reasons])
     labels = judge.real.test_cells.labels
     for kind in sorted(set(labels)) if labels is not None else []:
         titles |= {f"{name} of {kind}": (str(kind), "") for name in IN_TYPES}

@@ -1,7 +1,8 @@
 """What figures of cells need, fitted to the training cells: a classifier of types, and regressors of numbers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,11 @@ import torch
 
 from utils.errors import UserError
 from utils.evaluation.figures import Figure, rows_at_most, share_figure
+from utils.evaluation.regressors import Regressor, Regressors
 from utils.expression.evaluation.real import Cells, Real, principal_components
 
-MIN_TO_LEARN = 20  # cells with a value, for a regressor
 PENALTIES = tuple(10.0**power for power in range(-1, 5))  # of the ridge, among which cross-validation chooses
-
-MAX_TRAINED = 20_000  # cells that a classifier is trained on, drawn at random
+MAX_TRAINED = 20_000  # cells that a classifier or a regressor is trained on, drawn at random
 STRENGTH = 0.03  # scikit-learn's C
 
 
@@ -66,53 +66,50 @@ def train_on_synthetic_test_on_real(generated: Cells, test: Cells, seed: int) ->
     return Classifier.fit(generated, seed).accuracy(test)
 
 
-class Regressor:
-    """A number of cells from their log-normalised genes, by ridge regression on principal components of real training
-    cells. How far it can be believed shows on held-out cells, and must stand beside whatever it says.
-    """
+class RidgeOnComponents:
+    """Ridge regression on principal components, as scikit-learn's estimators are called."""
 
-    def __init__(self, training: Cells, values: np.ndarray):
-        """Fitted to the cells whose value (R,) is finite. Raises UserError for fewer than 20."""
+    def fit(self, genes: np.ndarray, values: np.ndarray) -> "RidgeOnComponents":
+        """Fits both to log-normalised genes (n, G) and values (n,)."""
         from sklearn.linear_model import RidgeCV
 
-        known = np.flatnonzero(np.isfinite(values))
-        if len(known) < MIN_TO_LEARN:
-            raise UserError(f"{len(known)} training cells have a value; a regressor needs at least {MIN_TO_LEARN}")
-        rows = known[rows_at_most(len(known), MAX_TRAINED).numpy()]
-        genes = training.log_normalised()[rows]
         self.components = principal_components(genes)
-        self.model: Any = RidgeCV(alphas=PENALTIES).fit(self.components.transform(genes), values[rows])
+        self.ridge: Any = RidgeCV(alphas=PENALTIES).fit(self.components.transform(genes), values)
+        return self
 
-    def predict(self, cells: Cells) -> np.ndarray:
-        """(n,)."""
-        return self.model.predict(self.components.transform(cells.log_normalised()))
+    def predict(self, genes: np.ndarray) -> np.ndarray:
+        """Log-normalised genes (n, G) -> (n,)."""
+        return self.ridge.predict(self.components.transform(genes))
 
 
-@dataclass
+def number_regressor(real: Real, name: str) -> Regressor:
+    """A regressor of a number from the log-normalised genes of cells. Raises UserError without training cells, and for
+    fewer than 20 with a value.
+    """
+    if real.training is None or real.training_cells is None:
+        raise UserError("needs --training_data, which a regressor learns it from")
+    genes = real.training_cells.log_normalised()
+    return Regressor.fit(
+        RidgeOnComponents(), real.training.obs[name], features_of=lambda rows: genes[rows], max_rows=MAX_TRAINED
+    )
+
+
+@dataclass(frozen=True)
 class Judge:
-    """What all columns are judged by, and why some of it cannot be had."""
+    """What every set of cells is judged by."""
 
     real: Real
     why_unlabelled: str  # of samples without types
-    classifier: Classifier | None = None
-    regressors: dict[str, Regressor] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)  # of numbers that cannot be predicted
+    classifier: Classifier | None  # None without types or without training cells
+    regressors: Regressors
 
     @classmethod
     def learn(cls, real: Real, numbers: Sequence[str], why_unlabelled: str) -> "Judge":
         """Fits the classifier, where there are types, and a regressor of each of the numbers."""
-        judge = cls(real, why_unlabelled)
-        if real.training is None or real.training_cells is None:
-            judge.reasons = dict.fromkeys(numbers, "needs --training_data, which a regressor learns it from")
-            return judge
-        if real.label_column is not None:
-            judge.classifier = Classifier.fit(real.training_cells, seed=0)
-        for name in numbers:
-            try:
-                judge.regressors[name] = Regressor(real.training_cells, real.training.obs[name])
-            except UserError as error:
-                judge.reasons[name] = str(error)
-        return judge
+        classifier = None
+        if real.training_cells is not None and real.label_column is not None:
+            classifier = Classifier.fit(real.training_cells, seed=0)
+        return cls(real, why_unlabelled, classifier, Regressors.learn(numbers, partial(number_regressor, real)))
 
     def tells_types_of(self, cells: Cells) -> bool:
         """Whether cells have no types but those that the classifier takes them for."""

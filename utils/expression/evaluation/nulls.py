@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
+from utils.evaluation.regressors import number_names
 from utils.expression.codec import batch_numbers, draw_cells, encode_cells
 from utils.expression.data.stream import cell_batches, second_moments, shares_of
 from utils.expression.data.table import CellTable
@@ -20,11 +21,10 @@ from utils.expression.evaluation.samples import (
     CONTROL,
     GAUSSIAN,
     PRIOR,
-    Column,
     Requests,
+    SampleSet,
     asked_labels,
     asked_numbers,
-    number_names,
 )
 from utils.expression.vae.network import ExpressionVAE
 
@@ -189,15 +189,15 @@ def binomial_counts(counts: csr_matrix, library_sizes: np.ndarray, groups: Group
     return drawn
 
 
-# ---- columns
+# ---- sets of cells
 
 
-def columns_beside(
-    real: Real, asked: Requests, known: Requests, wanted: np.ndarray, posterior: Posterior | None, seed: int
-) -> Iterator[Column]:
-    """All that stands beside samples which were `asked` for (n,): control, ceiling and nulls, where it is known which
-    cells were trained on and what they are (`known` (R,)); `wanted` (m,) are the types of as many test cells, all the
-    same where there are none. What needs an autoencoder is left out without one.
+def sets_beside(
+    real: Real, *, asked: Requests, known: Requests, wanted: np.ndarray, posterior: Posterior | None, seed: int
+) -> Iterator[SampleSet]:
+    """The sets that stand beside samples which were `asked` for (n,): control, ceiling and nulls, where it is known
+    which cells were trained on and what they are (`known` (R,)); `wanted` (m,) are the types of as many test cells,
+    all the same where there are none. What needs an autoencoder is left out without one.
     """
     training, cells = real.training, real.training_cells
     if training is None or cells is None:
@@ -205,23 +205,23 @@ def columns_beside(
     names, types, labels = number_names(known), cells.labels, asked_labels(asked, real.label_column)
     rows = rows_of_types(wanted, np.full(len(cells), wanted[0]) if types is None else types, seed)
     of_test = {name: real.test.obs[name] for name in names}
-    yield Column(CONTROL, CONTROL, cells.take(rows), of_test, real.test_cells)
+    yield SampleSet(CONTROL, CONTROL, cells.take(rows), of_test, real.test_cells)
     groups, numbers = groups_alike(asked, known), asked_numbers(asked, names)
     if posterior is not None:
         latents = posterior.draw(seed)
         its = None if types is None else types[rows]
         of_rows = {name: training.obs[name][rows] for name in names}
-        yield Column(CEILING, CEILING, cells_of(posterior.decode(latents[rows], rows, seed), its), of_rows)
+        yield SampleSet(CEILING, CEILING, cells_of(posterior.decode(latents[rows], rows, seed), its), of_rows)
         inputs = standardised(as_matrix(asked_numbers(known, names), len(known)), as_matrix(numbers, len(asked)))
         drawn = gaussian_latents(latents, *inputs, groups, seed)
         counts = posterior.decode(drawn, rows_of_groups(groups, seed), seed)
-        yield Column(GAUSSIAN, GAUSSIAN, cells_of(counts, labels), numbers)
+        yield SampleSet(GAUSSIAN, GAUSSIAN, cells_of(counts, labels), numbers)
     counts = binomial_counts(training.counts, training.library_sizes, groups, seed)
-    yield Column(BINOMIALS, BINOMIALS, cells_of(counts, labels), numbers)
+    yield SampleSet(BINOMIALS, BINOMIALS, cells_of(counts, labels), numbers)
     if posterior is not None:
         anyone = rows_of_groups([(np.arange(len(asked)), np.arange(len(known)))], seed)
         drawn = prior_latents(posterior.mean[anyone, -1], seed, latents.shape[1] - 1)
-        yield Column(PRIOR, PRIOR, cells_of(posterior.decode(drawn, anyone, seed), labels), numbers)
+        yield SampleSet(PRIOR, PRIOR, cells_of(posterior.decode(drawn, anyone, seed), labels), numbers)
 
 
 def laws_of_nulls(known: Requests, with_latents: bool) -> dict[str, str]:

@@ -59,7 +59,7 @@ class Cells:
         return self._log_normalised
 
     def take(self, rows: np.ndarray) -> "Cells":
-        """Those of `rows`: indices, or a mask (n,) bool."""
+        """The cells of `rows`: indices, or a mask (n,) bool."""
         return Cells(self.counts[rows], self.library_sizes[rows], None if self.labels is None else self.labels[rows])
 
     def types(self) -> np.ndarray:
@@ -143,12 +143,12 @@ class Real:
 
     @cached_property
     def test_cells(self) -> Cells:
-        """All of them."""
+        """All test cells."""
         return cells_of(self.test.dense(slice(None)), self.labels_of(self.test))
 
     @cached_property
     def training_cells(self) -> Cells | None:
-        """All of them; None where it is not known which those are."""
+        """All training cells; None where it is not known which those are."""
         if self.training is None:
             return None
         return cells_of(self.training.dense(slice(None)), self.labels_of(self.training))
@@ -163,6 +163,7 @@ class Real:
 def open_real(
     reference: str,
     split: str,
+    *,
     training_data: str | None,
     training_split: str,
     counts_layer: str | None,
@@ -179,7 +180,7 @@ def open_real(
     source = open_cells(reference, counts_layer, "--reference")
     notes: list[str] = []
     test_rows = rows_of(source, split_of, split, "--reference_split")
-    test = read_real(source, test_rows, genes, library, "--reference", notes)
+    test = read_real(source, test_rows, genes, library, flag="--reference", notes=notes)
     if len(test) < MIN_CELLS:
         what = reference if split_of is None else f"{reference}, split {split},"
         raise UserError(f"--reference: {what} has {len(test)} cells; figures need at least {MIN_CELLS}: give more")
@@ -188,7 +189,7 @@ def open_real(
         known = source if training_data is None else open_cells(training_data, counts_layer, "--training_data")
         rows = rows_of(known, split_of, training_split, "--training_data_split")
         check_apart(source, test_rows, known, rows)
-        training = read_real(known, rows, genes, library, "--training_data", notes)
+        training = read_real(known, rows, genes, library, flag="--training_data", notes=notes)
         if len(training) < MIN_CELLS:
             raise UserError(f"--training_data: {len(training)} cells; at least {MIN_CELLS} are needed: give more")
     shared = [name for name in text_columns if name in test.obs and test.obs[name].dtype == object]
@@ -224,7 +225,7 @@ def check_apart(test: CellSource, test_rows: np.ndarray, training: CellSource, t
 
 
 def read_real(
-    source: CellSource, rows: np.ndarray, genes: list[str], library: str, flag: str, notes: list[str]
+    source: CellSource, rows: np.ndarray, genes: list[str], library: str, *, flag: str, notes: list[str]
 ) -> CellTable:
     """Some cells of a source, of very many a random part; what is left out is noted."""
     kept = rows[rows_at_most(len(rows), MAX_REAL).numpy()]

@@ -10,13 +10,12 @@ from scipy.sparse import csr_matrix, vstack
 
 from utils.errors import UserError
 from utils.evaluation.figures import rows_at_most
+from utils.evaluation.regressors import number_names
 from utils.expression.data.source import open_cells, shortened
 from utils.expression.data.table import CellTable, text_labels
 from utils.expression.evaluation.real import MIN_CELLS, Cells, Real, cells_of
 from utils.expression.files import CELLS_FILE
-from utils.expression.pipeline import ExpressionPipeline, load_expression_run
 from utils.latents.columns import category_name
-from utils.runs.load import find_run
 from utils.runs.requests import Columns
 
 SAMPLES, CONTROL, CEILING = "samples", "control: real cells", "ceiling: reconstructions"
@@ -26,7 +25,7 @@ Requests = Sequence[Mapping[str, Any]]
 
 
 @dataclass
-class Column:
+class SampleSet:
     """Cells that are judged together, and what each of them was asked to be."""
 
     name: str
@@ -37,7 +36,7 @@ class Column:
 
     @property
     def told(self) -> Cells:
-        """Those whose type or number a classifier or regressor tells, which was fitted to the training cells."""
+        """The cells whose type or number a classifier or regressor tells, which was fitted to the training cells."""
         return self.cells if self.held_out is None else self.held_out
 
 
@@ -110,14 +109,6 @@ def is_number(table: CellTable | None, name: str) -> bool:
 # ---- what a run is asked for
 
 
-def load_model(path: Path, ema_sigma_rel: float | None) -> tuple[Path, ExpressionPipeline]:
-    """The folder of the run of --model, which a checkpoint lies in, and the run. Raises UserError for a folder that is
-    none.
-    """
-    run_dir, _, _ = find_run(path, "--model")
-    return run_dir, load_expression_run(path, ema_sigma_rel)
-
-
 def label_column_of(columns: Columns, given: str | None) -> str | None:
     """By which types cells are judged: as --label_column says, or by the one class that a run is conditioned on; None
     where there is none. Raises UserError where there are several.
@@ -168,11 +159,6 @@ def asked_labels(requests: Requests, label_column: str | None) -> np.ndarray | N
     return np.array(labels, dtype=object) if all(isinstance(label, str) for label in labels) else None
 
 
-def number_names(requests: Requests) -> list[str]:
-    """The conditions that are numbers."""
-    return list(dict.fromkeys(k for each in requests for k, v in each.items() if isinstance(v, float)))
-
-
 def draw_rows(total: int, count: int, seed: int) -> np.ndarray:
     """`count` of `total` rows at random, in order: each of them as often as any other, to within one."""
     generator = np.random.default_rng(seed)
@@ -180,7 +166,7 @@ def draw_rows(total: int, count: int, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(rounds)[:count])
 
 
-def sampled_column(name: str, counts: np.ndarray, requests: Requests, label_column: str | None) -> Column:
+def sampled_set(name: str, counts: np.ndarray, requests: Requests, label_column: str | None) -> SampleSet:
     """Samples (n, G) with what they were asked to be."""
     labels = asked_labels(requests, label_column)
-    return Column(name, SAMPLES, cells_of(counts, labels), asked_numbers(requests, number_names(requests)))
+    return SampleSet(name, SAMPLES, cells_of(counts, labels), asked_numbers(requests, number_names(requests)))

@@ -5,6 +5,7 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 
 from utils.args.parsing import non_negative_int, positive_int
 from utils.errors import UserError
+from utils.image.args.text import add_condition_args
 
 
 def add_dataset_args(parser: ArgumentParser) -> None:
@@ -101,3 +102,33 @@ def check_codec_args(args: Namespace) -> None:
         raise UserError(f"--codec {args.codec} with --{vae}: images without a VAE need none; leave one out")
     setattr(args, vae, args.codec)
     args.given.add(vae)
+
+
+def add_precompute_args(parser: ArgumentParser) -> None:
+    """All flags of a latent cache of images."""
+    parser.add_argument(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        default=None,
+        help="Autocast of the VAE. Default: what accelerate's config says.",
+    )
+    add_dataset_args(parser)
+    add_condition_args(parser)
+    add_cache_args(parser)
+    group = parser.add_argument_group("parts")
+    group.add_argument(
+        "--num_parts",
+        type=positive_int,
+        default=1,
+        help="Make one part of a cache that is too large for one disk; training reads a part on each machine.",
+    )
+    group.add_argument("--part_index", type=non_negative_int, default=0, help="Which part, from 0 on.")
+
+
+def check_precompute_args(args: Namespace) -> None:
+    """Settles what makes the latents; refuses a part that is none, and a cache of nothing."""
+    check_codec_args(args)
+    if args.part_index >= args.num_parts:
+        raise UserError(f"--part_index {args.part_index}: the parts are 0 to {args.num_parts - 1} (--num_parts)")
+    if not args.dataset_name and not args.train_data_dir:
+        raise UserError("give --dataset_name (hub name, folder or parquet file) or --train_data_dir (an image folder)")

@@ -1,11 +1,13 @@
-"""Arguments of `evaluate.py`. Imports no torch."""
+"""Arguments of `evaluate.py --modality image`. Imports no torch."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from utils.args.checks import check_new_folder
 from utils.args.parsing import positive_int, refuse_together
-from utils.args.sampling import SWEEPS, check_sweep
+from utils.args.sampling import SWEEPS, add_sampler_args, check_sweep
 from utils.errors import UserError
+from utils.image.args.requests import add_request_args, check_request_args
 
 METRIC_NAMES = ("fid", "kid", "cmmd", "inception_score", "prdc", "clip_score", "copies")
 DEFAULT_SAMPLES_OF_A_RUN = 5000
@@ -15,10 +17,21 @@ OF_SAMPLING = (
 )
 
 
+def add_evaluation_args(parser: ArgumentParser) -> None:
+    """All flags of an evaluation of images."""
+    add_comparison_args(parser)
+    add_measurement_args(parser)
+    add_request_args(parser)
+    add_sampler_args(parser)
+
+
 def add_comparison_args(parser: ArgumentParser) -> None:
     """Which images are compared with which."""
     group = parser.add_argument_group("images; without --samples, --model is sampled")
     sources = "a folder, .parquet files or a hub dataset"
+    group.add_argument(
+        "--model", default=None, help="A run's folder or a checkpoint. Default: the newest run below runs/."
+    )
     group.add_argument("--samples", default=None, help=f"What is judged: a folder of sample.py, {sources}.")
     group.add_argument("--samples_split", default="train", help="Split of --samples, if it is a dataset.")
     group.add_argument(
@@ -95,8 +108,10 @@ def add_measurement_args(parser: ArgumentParser) -> None:
     )
 
 
-def check_eval_args(args: Namespace) -> None:
+def check_evaluation_args(args: Namespace) -> None:
     """Refuses combinations that make no sense, with the reason."""
+    check_request_args(args)
+    check_new_folder(args.output_dir)
     if args.samples is not None:
         for name in ("model", "sweep", *OF_SAMPLING):
             if name in args.given:

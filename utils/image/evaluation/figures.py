@@ -1,13 +1,24 @@
 """Which figures there are, what each needs, and why one cannot be had: chosen by table."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.evaluation.figures import HIGHER, LOWER, NEITHER, Figure, Group, at_most, rows_at_most
+from utils.evaluation.figures import (
+    HIGHER,
+    LOWER,
+    NEITHER,
+    Figure,
+    Found,
+    Group,
+    at_most,
+    merged,
+    missing,
+    rows_at_most,
+)
 from utils.evaluation.neighbours import (
     COPY_QUANTILE,
     MAX_QUERIES,
@@ -29,6 +40,9 @@ from utils.image.evaluation.metrics import (
 )
 
 MIN_SAMPLES = 20  # fewer have no halves to speak of
+NO_REFERENCE = "needs a reference (--reference)"
+NO_CLIP = "needs CLIP features (--features clip:... or open_clip:...)"
+NO_CLASSES = "needs features of a classifier or Inception: CLIP has no classes"
 
 
 @dataclass(frozen=True)
@@ -43,20 +57,21 @@ class Evidence:
     training: Measured | None = None
     held_out: Measured | None = None
 
+    @property
+    def features(self) -> Tensor:
+        """Features (N, D) of the samples."""
+        assert self.samples.features is not None
+        return self.samples.features
+
+
+Metric = Callable[[Evidence], Found]
+
 
 def gather(images: Images, found: Measured, extractor: Features, real: RealImages) -> Evidence:
     """The evidence of samples in the features of one extractor."""
     sides = (real.of(name, extractor) for name in ("reference", "training_data", "held_out_data"))
     reference, training, held_out = sides
     return Evidence(extractor, found, reference, images.class_labels, images.captions, training, held_out)
-
-
-@dataclass(frozen=True)
-class Metric:
-    """`lacks` says what is missing for it, None where nothing is; `figures` computes it."""
-
-    lacks: Callable[[Evidence], str | None]
-    figures: Callable[[Evidence], dict[str, Figure]]
 
 
 def check_counts(names: list[str], extractor: Features, num_samples: int, num_reference: int | None) -> None:
@@ -90,103 +105,90 @@ def check_held_out(held_out: Images | None, training: Images | None) -> None:
         )
 
 
-def lacks_statistics(evidence: Evidence) -> str | None:
+def fid(evidence: Evidence) -> Found:
+    """FID, against images or against statistics alone."""
     if evidence.reference is None or evidence.reference.statistics is None:
-        return "a reference (--reference)"
-    return None
+        return missing("fid", why=NO_REFERENCE)
+    return Found(fid_figures(evidence.features, evidence.reference.statistics), {})
 
 
-def fid(evidence: Evidence) -> dict[str, Figure]:
-    assert evidence.samples.features is not None
-    assert evidence.reference is not None
-    assert evidence.reference.statistics is not None
-    return fid_figures(evidence.samples.features, evidence.reference.statistics)
+def against_reference(name: str, figures: Callable[[Tensor, Tensor], dict[str, Figure]]) -> Metric:
+    """A metric that compares the features (N, D) of samples with those of the reference (M, D)."""
+
+    def metric(evidence: Evidence) -> Found:
+        if evidence.reference is None:
+            return missing(name, why=NO_REFERENCE)
+        if evidence.reference.features is None:
+            return missing(name, why="needs the reference's images: its file holds statistics alone")
+        return Found(figures(evidence.features, evidence.reference.features), {})
+
+    return metric
 
 
-def lacks_features(evidence: Evidence) -> str | None:
-    if evidence.reference is None:
-        return "a reference (--reference)"
-    return "the reference's images: its file holds statistics alone" if evidence.reference.features is None else None
+def of_clip(name: str, metric: Metric) -> Metric:
+    """A metric that is defined in CLIP features only."""
+    return lambda evidence: (
+        metric(evidence) if isinstance(evidence.extractor, ClipFeatures) else missing(name, why=NO_CLIP)
+    )
 
 
-def lacks_clip(evidence: Evidence) -> str | None:
-    is_clip = isinstance(evidence.extractor, ClipFeatures)
-    return lacks_features(evidence) if is_clip else "CLIP features (--features clip:... or open_clip:...)"
+def inception_score(evidence: Evidence) -> Found:
+    """Inception Score, by the classes of the extractor."""
+    if evidence.samples.logits is None:
+        return missing("inception_score", why=NO_CLASSES)
+    return Found({"inception_score": inception_score_figure(evidence.samples.logits)}, {})
 
 
-def lacks_logits(evidence: Evidence) -> str | None:
-    return "features of a classifier or Inception: CLIP has no classes" if evidence.samples.logits is None else None
-
-
-def lacks_captions(evidence: Evidence) -> str | None:
-    if not isinstance(evidence.extractor, ClipFeatures):
-        return "CLIP features (--features clip:... or open_clip:...)"
+def clip_score(evidence: Evidence) -> Found:
+    """CLIP score: how near each sample lies to its own caption."""
     if not evidence.captions:
-        return "captions of the samples (samples.jsonl of sample.py, or --caption_column)"
-    return None
-
-
-def lacks_labels(evidence: Evidence) -> str | None:
-    if evidence.class_labels is None:
-        return "labels of the samples (samples.jsonl of sample.py, or --label_column)"
-    return lacks_logits(evidence)
-
-
-def inception_score(evidence: Evidence) -> dict[str, Figure]:
-    assert evidence.samples.logits is not None
-    return {"inception_score": inception_score_figure(evidence.samples.logits)}
-
-
-def clip_score(evidence: Evidence) -> dict[str, Figure]:
+        why = "needs captions of the samples (samples.jsonl of sample.py, or --caption_column)"
+        return missing("clip_score", why=why)
     assert isinstance(evidence.extractor, ClipFeatures)
-    assert evidence.captions is not None
-    assert evidence.samples.features is not None
     captions = list(dict.fromkeys(evidence.captions))
     row_of = {caption: row for row, caption in enumerate(captions)}
     rows = [row_of[caption] for caption in evidence.captions]
     embeddings = torch.cat([evidence.extractor.text(captions[i : i + 64]) for i in range(0, len(captions), 64)])
-    return {"clip_score": clip_score_figure(evidence.samples.features, embeddings[rows])}
+    return Found({"clip_score": clip_score_figure(evidence.features, embeddings[rows])}, {})
 
 
-def accuracy(evidence: Evidence) -> dict[str, Figure]:
+def accuracy(evidence: Evidence) -> Found:
+    """Share of samples that a classifier takes for their class. Raises UserError for a classifier of fewer classes."""
     logits, labels = evidence.samples.logits, evidence.class_labels
-    assert logits is not None
-    assert labels is not None
+    if labels is None:
+        return missing("accuracy", why="needs labels of the samples (samples.jsonl of sample.py, or --label_column)")
+    if logits is None:
+        return missing("accuracy", why=NO_CLASSES)
     if int(labels.max()) >= logits.shape[1]:
         raise UserError(
             f"--classifier: it knows {logits.shape[1]} classes, but a sample was asked to show class "
             f"{int(labels.max())}; give a classifier of the same classes"
         )
-    return {"accuracy": accuracy_figure(logits, labels)}
+    return Found({"accuracy": accuracy_figure(logits, labels)}, {})
 
 
-def lacks_training(evidence: Evidence) -> str | None:
-    return None if evidence.training and evidence.held_out else "--training_data and --held_out_data"
-
-
-def copies(evidence: Evidence) -> dict[str, Figure]:
+def copies(evidence: Evidence) -> Found:
     """Whether samples lie nearer to the training images than real images do that the run never saw."""
-    assert evidence.training is not None
-    assert evidence.held_out is not None
-    parts = (evidence.samples.features, evidence.training.features, evidence.held_out.features)
-    queries, base, unseen = (part for part in parts if part is not None)
-    return copy_figures(*(nearest(at_most(part, MAX_QUERIES), base)[0] for part in (queries, unseen)))
-
-
-def pair(figure: Callable[..., dict[str, Figure]]) -> Callable[[Evidence], dict[str, Figure]]:
-    """A figure of two sets of features as one of the evidence."""
-    return lambda evidence: figure(evidence.samples.features, evidence.reference and evidence.reference.features)
+    if evidence.training is None or evidence.held_out is None:
+        return missing("copies", why="needs --training_data and --held_out_data")
+    base, unseen = evidence.training.features, evidence.held_out.features
+    assert base is not None
+    assert unseen is not None
+    distances = (nearest(at_most(part, MAX_QUERIES), base)[0] for part in (evidence.features, unseen))
+    return Found(copy_figures(*distances), {})
 
 
 METRICS: dict[str, Metric] = {
-    "fid": Metric(lacks_statistics, fid),
-    "kid": Metric(lacks_features, pair(lambda samples, reference: {"kid": kid_figure(samples, reference)})),
-    "cmmd": Metric(lacks_clip, pair(lambda samples, reference: {"cmmd": cmmd_figure(samples, reference)})),
-    "inception_score": Metric(lacks_logits, inception_score),
-    "prdc": Metric(lacks_features, pair(manifold_figures)),
-    "clip_score": Metric(lacks_captions, clip_score),
-    "accuracy": Metric(lacks_labels, accuracy),
-    "copies": Metric(lacks_training, copies),
+    "fid": fid,
+    "kid": against_reference("kid", lambda samples, reference: {"kid": kid_figure(samples, reference)}),
+    "cmmd": of_clip(
+        "cmmd", against_reference("cmmd", lambda samples, reference: {"cmmd": cmmd_figure(samples, reference)})
+    ),
+    "inception_score": inception_score,
+    "prdc": against_reference("prdc", manifold_figures),
+    "clip_score": of_clip("clip_score", clip_score),
+    "accuracy": accuracy,
+    "copies": copies,
 }
 
 # name -> what stands in tables, and which way is better
@@ -207,24 +209,21 @@ TITLES: dict[str, tuple[str, str]] = {
 }
 
 
-def refuse_impossible(names: list[str], evidences: list[Evidence]) -> None:
-    """Raises UserError for a metric that was asked for by name and that none of the features can give."""
-    for name in names:
-        reasons = {METRICS[name].lacks(evidence) for evidence in evidences}
-        if None not in reasons:
-            raise UserError(f"--metrics {name}: needs {' and '.join(sorted(filter(None, reasons)))}")
-
-
-def figures_of(evidence: Evidence, names: list[str]) -> Group:
-    """The metrics `names`; one that cannot be had is listed with the reason."""
-    group = Group(evidence.extractor.name, {}, {})
-    for name in names:
-        missing = METRICS[name].lacks(evidence)
-        if missing:
-            group.not_measured[name] = f"needs {missing}"
-        else:
-            group.figures |= METRICS[name].figures(evidence)
-    return group
+def groups_of(
+    evidences: Sequence[Evidence], metrics_of: Mapping[Features, Sequence[str]], required: Sequence[str]
+) -> list[Group]:
+    """The metrics of each extractor as a group; one that cannot be measured is listed with the reason. Raises
+    UserError for a metric of `required` that none of the features can give.
+    """
+    by_metric = [{name: METRICS[name](each) for name in metrics_of[each.extractor]} for each in evidences]
+    for name in required:
+        tried = [found[name] for found in by_metric if name in found]
+        if not any(each.figures for each in tried):
+            reasons = {why for each in tried for why in each.not_measured.values()}
+            raise UserError(f"--metrics {name}: {' and '.join(sorted(reasons))}")
+    return [
+        Group(each.extractor.name, *merged(*found.values())) for each, found in zip(evidences, by_metric, strict=True)
+    ]
 
 
 @dataclass

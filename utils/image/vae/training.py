@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
@@ -20,6 +19,7 @@ from utils.image.data.stream import ImageStream, to_pixels
 from utils.image.vae.network import TrainableVAE
 from utils.image.vae.quality import psnr, ssim
 from utils.latents.posterior import PosteriorStatistics, PosteriorSums
+from utils.training.run import Run
 from utils.training.step_log import show_picture
 
 logger = logging.getLogger(__name__)
@@ -34,14 +34,14 @@ class Validation:
 
     def __init__(
         self,
-        accelerator: Accelerator,
-        output_dir: Path,
+        run: Run,
+        *,
         held_out: ImageStream | None,
         training: ImageStream,
         batch_size: int,
         eval_features: str | None,
     ):
-        self.accelerator, self.output_dir, self.batch_size = accelerator, output_dir, batch_size
+        self.accelerator, self.folder, self.batch_size = run.accelerator, run.folder / "samples", batch_size
         self.images = training if held_out is None else held_out
         self.num_images = min(NUM_PICTURES, len(training.dataset)) if held_out is None else len(held_out.dataset)
         self.what = "training images" if held_out is None else "held-out images"
@@ -49,7 +49,7 @@ class Validation:
         if eval_features is not None:
             from utils.image.evaluation.features import load_features
 
-            device = accelerator.device if accelerator.is_main_process else "cpu"  # the others only refuse alike
+            device = run.device if run.is_main else "cpu"  # the others only refuse alike
             self.features = load_features(eval_features, device, "--eval_features")
             if self.num_images <= self.features.dim:
                 raise UserError(
@@ -92,8 +92,8 @@ class Validation:
             figures["rfid"] = rfid(torch.cat(measured["features"]), torch.cat(measured["their_features"]))
         self.report(figures, statistics, global_step)
         picture = side_by_side(*(torch.cat(each)[:NUM_PICTURES] for each in zip(*shown, strict=True)))
-        folder, tag = self.output_dir / "samples", "validation/reconstructions"
-        show_picture(self.accelerator, folder, Image.fromarray(picture), tag, global_step)
+        tag = "validation/reconstructions"
+        show_picture(self.accelerator, self.folder, Image.fromarray(picture), tag, global_step)
 
     def report(self, figures: dict[str, float], statistics: PosteriorStatistics, global_step: int) -> None:
         """To the log and the trackers."""
