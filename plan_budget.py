@@ -214,33 +214,11 @@ def main(args: argparse.Namespace) -> None:
         f"schedule: {args.lr_scheduler} after a warm-up of {args.lr_warmup_steps / args.max_train_steps:.2%} of "
         f"the steps, {args.max_train_steps // args.logging_steps} values in the log",
         f"disk: {planning.readable(state_bytes)} for each of {args.checkpoints_total_limit} checkpoints",
-        *dataset_lines(args, spec, args.max_train_steps * samples),
+        *plan_args.dataset_lines(args, spec, args.max_train_steps * samples),
     ]
     print("\n".join(report))
     plan_args.write_config(args, report)
     print(f"wrote {args.output_config}: give it to {plan_args.SCRIPTS[args.trainer]} as --config")
-
-
-def dataset_lines(args: argparse.Namespace, spec, samples: int) -> list[str]:
-    """What is known where the number of images is: epochs, and the size of the cache."""
-    from utils.plan import arithmetic as planning
-
-    num_images = args.dataset_size or args.max_samples or spec.num_rows
-    if not num_images:
-        return ["data: --dataset_size would tell epochs and the cache's size"]
-    is_text = args.trainer == "text"
-    cached = planning.cache_bytes(
-        num_images,
-        spec.shape,
-        spec.content == "moments",
-        spec.flips or args.random_flip,
-        labels=not is_text,
-        num_captions=num_images if is_text else 0,
-        states_shape=spec.captions["shape"] if is_text and spec.captions["content"] == "hidden_states" else None,
-        sequence_length=spec.captions["shape"][0] if is_text else 0,
-    )
-    what = ", with a caption of its own for each" if is_text else ""
-    return [f"data: {samples / num_images:.2f} epochs of {num_images} images; cache {planning.readable(cached)}{what}"]
 
 
 def precompute_seconds(args: argparse.Namespace, accelerator) -> float:

@@ -10,31 +10,18 @@ folder that sample.py and diffusers load.
 
 import argparse
 
-from utils.args import groups as shared
-from utils.args.parsing import fraction, non_negative_int, parse_with_config, required, run_script
-from utils.errors import UserError
-from utils.image.args import data, text
-from utils.image.args import data as input_args
-from utils.image.args import model as args_model
-from utils.image.args import validation as args_validation
+from utils.args.parsing import non_negative_int, parse_with_config, run_script
+from utils.image.args.data import check_condition_column
+from utils.image.args.trainer import add_image_trainer_args, check_image_trainer_args
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--latents_dir", default=None, help="Latent cache. Default with a dataset: OUTPUT_DIR/latents."
-    )
-    parser.add_argument(
         "--unconditional",
         action=argparse.BooleanOptionalAction,
         default=False,
         help="Train without labels, even if the data have some.",
-    )
-    parser.add_argument(
-        "--cond_drop_prob",
-        type=fraction,
-        default=0.1,
-        help="Probability of dropping the label, for classifier-free guidance.",
     )
     parser.add_argument(
         "--validation_labels",
@@ -43,38 +30,12 @@ def parse_args() -> argparse.Namespace:
         default=None,
         help="Class labels to sample during training. Default: the first ten.",
     )
-    shared.add_run_args(parser)
-    args_model.add_model_args(parser)
-    shared.add_lora_args(parser)
-    shared.add_objective_args(parser)
-    shared.add_optimizer_args(parser)
-    shared.add_ema_args(parser)
-    shared.add_power_ema_args(parser)
-    args_validation.add_evaluation_args(parser)
-    args_validation.add_validation_args(parser, "labels")
-    input_args.add_dataset_args(parser)
-    text.add_condition_args(parser)
-    input_args.add_cache_args(parser)
+    add_image_trainer_args(parser, condition="label", samples="labels")
     args = parse_with_config(parser)
-    required(args, "output_dir")
-    data.check_codec_args(args)
-    args_model.check_image_denoiser_args(args)
+    check_image_trainer_args(args)
     if not args.unconditional:
-        data.check_condition_column(args, "label_column")
+        check_condition_column(args, "label_column")
     return args
-
-
-def validation_labels(args: argparse.Namespace, labels: dict | None) -> list[int]:
-    """The labels of the validation grids; none of an unconditional model. Raises UserError for one that is not."""
-    if args.unconditional:
-        if args.validation_labels:
-            raise UserError("--validation_labels with --unconditional: the model knows no labels; leave one out")
-        return []
-    num_classes = labels["num_classes"] if labels else 0
-    wrong = [label for label in args.validation_labels or [] if label >= num_classes]
-    if wrong:
-        raise UserError(f"--validation_labels: {wrong[0]}, but the classes are 0 to {num_classes - 1}")
-    return args.validation_labels or list(range(min(10, num_classes)))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -100,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
     condition = "none" if args.unconditional else "class"
     denoiser = image.make_denoiser(args, run, cache, condition)
     exporter = image.make_exporter(args, cache, scheduler, condition)
-    labels, label_names = validation_labels(args, cache.spec.labels), (cache.spec.labels or {}).get("names")
+    labels, label_names = image.validation_labels(args, cache.spec.labels), (cache.spec.labels or {}).get("names")
     grids = validation.Grids(run, exporter, **image.grid_settings(args))
     sample_distance = image.make_sample_distance(args, run, exporter, held_out, condition)
     num_rows = cache.spec.num_rows - (args.num_validation_samples or 0)  # that are trained on

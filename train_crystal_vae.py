@@ -21,14 +21,10 @@ def parse_args() -> argparse.Namespace:
     crystal_args.add_kept_out_args(parser)
     crystal_args.add_crystal_vae_args(parser)
     crystal_args.add_crystal_validation_args(parser)
-    shared.add_run_args(parser)
-    shared.add_optimizer_args(parser)
-    shared.add_ema_args(parser)
+    shared.add_trainer_args(parser)
     args = parse_with_config(parser)
     required(args, "output_dir")
-    arg_checks.check_run_args(args)
-    arg_checks.check_optimizer_args(args)
-    arg_checks.check_ema_args(args)
+    arg_checks.check_trainer_args(args)
     crystal_args.check_crystal_data_args(args)
     return args
 

@@ -22,14 +22,10 @@ def parse_args() -> argparse.Namespace:
     expression_args.add_gene_args(parser)
     expression_args.add_split_args(parser)
     expression_args.add_expression_vae_args(parser)
-    shared.add_run_args(parser)
-    shared.add_optimizer_args(parser)
-    shared.add_ema_args(parser)
+    shared.add_trainer_args(parser)
     args = parse_with_config(parser)
     required(args, "output_dir")
-    arg_checks.check_run_args(args)
-    arg_checks.check_optimizer_args(args)
-    arg_checks.check_ema_args(args)
+    arg_checks.check_trainer_args(args)
     expression_args.check_cell_data_args(args)
     return args
 

@@ -29,15 +29,11 @@ def parse_args() -> argparse.Namespace:
     vae_args.add_vae_loss_args(parser)
     vae_args.add_discriminator_args(parser)
     vae_args.add_vae_validation_args(parser)
-    shared.add_run_args(parser)
-    shared.add_optimizer_args(parser)
-    shared.add_ema_args(parser)
+    shared.add_trainer_args(parser)
     input_args.add_dataset_args(parser)
     args = parse_with_config(parser)
     required(args, "output_dir")
-    arg_checks.check_run_args(args)
-    arg_checks.check_optimizer_args(args)
-    arg_checks.check_ema_args(args)
+    arg_checks.check_trainer_args(args)
     vae_args.check_vae_args(args)
     return args
 
@@ -52,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     from utils.image.vae.losses import FitLoss, discriminator_losses, generator_loss, load_lpips
     from utils.image.vae.network import TrainableVAE, build_vae
     from utils.latents.posterior import kl_weight_at
-    from utils.training import optimizers, setup
+    from utils.training import setup
     from utils.training.checkpoints import Checkpoints
     from utils.training.ema import averaged_weights
     from utils.training.optimizers import clip_grad_norm_, set_learning_rate
@@ -81,13 +77,7 @@ def main(args: argparse.Namespace) -> None:
     has_adversary = args.disc_start is not None
     if has_adversary:
         adversary = Adversary(build_discriminator(args.disc_num_layers, args.disc_channels, args.resolution))
-        disc_optimizer = optimizers.make_optimizer(
-            adversary,
-            learning_rate=args.learning_rate,
-            betas=ADAM_BETAS,
-            weight_decay=args.adam_weight_decay,
-            epsilon=args.adam_epsilon,
-        )
+        disc_optimizer = setup.make_optimizer(args, adversary, name="adamw", betas=ADAM_BETAS)
         adversary, disc_optimizer = accelerator.prepare(adversary, disc_optimizer)  # so checkpoints hold them too
         critic = accelerator.unwrap_model(adversary)
     ema = setup.make_ema(args, model)  # None without --use_ema

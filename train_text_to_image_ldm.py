@@ -10,44 +10,20 @@ folder that sample.py and diffusers load.
 
 import argparse
 
-from utils.args import groups as shared
-from utils.args.parsing import fraction, parse_with_config, required, run_script
-from utils.image.args import data, text
-from utils.image.args import data as input_args
-from utils.image.args import model as args_model
-from utils.image.args import validation as args_validation
+from utils.args.parsing import parse_with_config, run_script
+from utils.image.args.data import check_condition_column
+from utils.image.args.trainer import add_image_trainer_args, check_image_trainer_args
+from utils.image.args.validation import check_validation_args
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--latents_dir", default=None, help="Latent cache. Default with a dataset: OUTPUT_DIR/latents."
-    )
-    parser.add_argument(
-        "--cond_drop_prob",
-        type=fraction,
-        default=0.1,
-        help="Probability of dropping the caption, for classifier-free guidance.",
-    )
     parser.add_argument("--validation_prompts", nargs="+", default=None, help="Prompts to sample during training.")
-    shared.add_run_args(parser)
-    args_model.add_model_args(parser)
-    shared.add_lora_args(parser)
-    shared.add_objective_args(parser)
-    shared.add_optimizer_args(parser)
-    shared.add_ema_args(parser)
-    shared.add_power_ema_args(parser)
-    args_validation.add_evaluation_args(parser)
-    args_validation.add_validation_args(parser, "prompts")
-    input_args.add_dataset_args(parser)
-    text.add_condition_args(parser)
-    input_args.add_cache_args(parser)
+    add_image_trainer_args(parser, condition="caption", samples="prompts")
     args = parse_with_config(parser)
-    required(args, "output_dir")
-    data.check_codec_args(args)
-    args_model.check_image_denoiser_args(args)
-    data.check_condition_column(args, "caption_column")
-    args_validation.check_validation_args(args)
+    check_image_trainer_args(args)
+    check_condition_column(args, "caption_column")
+    check_validation_args(args)
     return args
 
 
@@ -80,8 +56,7 @@ def main(args: argparse.Namespace) -> None:
 
     # Prepare
     optimizer = setup.make_optimizer(args, denoiser)
-    sequence_length = cache.spec.captions["shape"][0]
-    flops = training_flops(denoiser, cache.spec.shape, sequence_length, args.tread_ratio)  # of a sample
+    flops = training_flops(denoiser, cache.spec.shape, cache.spec.captions["shape"][0], args.tread_ratio)  # a sample
     denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
     model = accelerator.unwrap_model(denoiser)
     ema = setup.make_ema(args, model, args.ema_sigma_rels)  # None without --use_ema

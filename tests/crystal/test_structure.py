@@ -117,6 +117,20 @@ def test_formulas_are_read_as_pymatgen_reads_them(text):
 
 
 @pytest.mark.parametrize(
+    ("text", "counts"),
+    [
+        ("Ca(OH)2", {20: 1, 8: 2, 1: 2}),
+        ("Fe2(SO4)3", {26: 2, 16: 3, 8: 12}),
+        ("K4[Fe(CN)6]", {19: 4, 26: 1, 6: 6, 7: 6}),
+        ("{[Mg(H2O)6]Cl2}2", {12: 2, 1: 24, 8: 12, 17: 4}),
+    ],
+)
+def test_brackets_in_formulas(text, counts):
+    """The order counts too: that of the text, in which atoms are handed to sites."""
+    assert list(parse_formula(text).items()) == list(counts.items())
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("Li+Fe", "cannot read '[+]Fe'"),
@@ -124,9 +138,21 @@ def test_formulas_are_read_as_pymatgen_reads_them(text):
         ("Fe0", "Fe0 asks for no atoms"),
         ("", "the formula is empty"),
         ("  ", "the formula is empty"),
-        ("Fe2(SO4)3", "cannot read '[(]SO4[)]3'.*without charges, brackets"),
+        ("Ca(OH", "it is no formula"),
+        ("Ca(OH)2)", "it is no formula"),
+        ("Ca()2", "it is no formula"),
+        ("(5H2O)2", "it is no formula"),
+        ("2NaCl", "it is no formula"),
+        ("Ca(OH)0", "[)]0 asks for no atoms"),
+        ("Ca(OH)0.5", "cannot read '.5'.*without charges or dots"),
+        ("CuSO4·5H2O", "cannot read '·5H2O'"),
+        ("Li1e2", "cannot read 'e2'"),
+        ("H" + "9" * 400, "it is no formula"),
+        ("X", "no element X"),
+        ("XO2", "no element X"),
+        ("D2O", "no element D"),
         ("fe", "cannot read 'fe'"),
-        ("Li0.5O", "no atoms"),
+        ("Li0.5O", "cannot read '.5O'.*whole numbers"),
         ("LiO2.5", "cannot read '.5'"),
         ("Fe3+", "cannot read '[+]'"),
         ("Li-Fe", "cannot read '-Fe'"),

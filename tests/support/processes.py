@@ -154,6 +154,7 @@ def _run_as_main(
     """In the new process: the script as `python script flags` would run it."""
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    multiprocessing.current_process()._config["daemon"] = False  # it may start processes, as what a user starts may
     os.environ.update(environment)
     os.chdir(ROOT)
     if fault is not None and fault.rank == int(environment.get("RANK", 0)):

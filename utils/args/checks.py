@@ -18,6 +18,13 @@ def check_new_folder(output_dir: str | None) -> None:
         raise UserError(f"--output_dir: {output_dir} is not empty; give a new folder")
 
 
+def check_trainer_args(args: Namespace) -> None:
+    """The checks that all trainers share."""
+    check_run_args(args)
+    check_optimizer_args(args)
+    check_ema_args(args)
+
+
 def check_denoiser_args(args: Namespace) -> None:
     """All checks that the trainers of denoisers share. Their order matters: some set what later ones read."""
     check_run_args(args)

@@ -83,6 +83,21 @@ def add_run_args(parser: ArgumentParser) -> None:
     group.add_argument("--logging_steps", type=positive_int, default=50, help="Steps between logged values.")
 
 
+def add_trainer_args(parser: ArgumentParser) -> None:
+    """Flags of every trainer."""
+    add_run_args(parser)
+    add_optimizer_args(parser)
+    add_ema_args(parser)
+
+
+def add_denoiser_args(parser: ArgumentParser) -> None:
+    """Flags of every trainer of a denoiser."""
+    add_trainer_args(parser)
+    add_power_ema_args(parser)
+    add_objective_args(parser)
+    add_lora_args(parser)
+
+
 def add_lora_args(parser: ArgumentParser) -> None:
     """Adds the flags of fine-tuning: the base run and LoRA adapters."""
     group = parser.add_argument_group("fine-tuning")

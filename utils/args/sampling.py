@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from typing import Any
 
-from utils.args.parsing import fraction, non_negative_float, positive_float, positive_int
+from utils.args.parsing import fraction, non_negative_float, non_negative_int, positive_float, positive_int
 from utils.errors import UserError
 
 SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "unipc", "flow_euler", "flow_heun")
@@ -49,6 +49,7 @@ def add_sampler_args(parser: ArgumentParser, batch_size: int | None = 16) -> Non
         default=None,
         help="Sample with EDM2's EMA of this relative width, reconstructed from the snapshots of --ema_sigma_rels.",
     )
+    group.add_argument("--seed", type=non_negative_int, default=0, help="Seed of the first sample.")
     group.add_argument(
         "--batch_size",
         type=positive_int,

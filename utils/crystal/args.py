@@ -226,7 +226,7 @@ def add_request_args(parser: ArgumentParser) -> None:
         "--composition",
         nargs="+",
         default=None,
-        help="Formulas to condition on, such as LiFePO4; samples may deviate from the condition.",
+        help="Formulas to condition on, such as LiFePO4 or Ca(OH)2; samples may deviate from the condition.",
     )
     group.add_argument(
         "--clamp_composition",

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from utils.crystal.structure import MAX_ATOMIC_NUMBER, SYMBOLS, Crystal, cell_parameters, counts_of
+from utils.crystal.structure import MAX_ATOMIC_NUMBER, Crystal, cell_parameters, counts_of, element_symbols
 from utils.errors import UserError
 from utils.files import replace_durably, temporary_path, write_text
 
@@ -26,7 +26,7 @@ SCHEMA: list[tuple[str, pa.DataType]] = [
 
 def symbol_of(number: int) -> str:
     """An element's symbol; X for a number that is none's."""
-    return SYMBOLS[number - 1] if 1 <= number <= MAX_ATOMIC_NUMBER else "X"
+    return element_symbols()[number if 1 <= number <= MAX_ATOMIC_NUMBER else 0]
 
 
 def any_formula(atomic_numbers: np.ndarray) -> str:

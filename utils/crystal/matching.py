@@ -1,30 +1,32 @@
 """Whether structures are valid, equal, unique and novel, by pymatgen's matcher in processes that can be killed.
 
-A matcher that has met a bad pair may compute for hours. Each comparison has its time; the processes are started from
-scratch (no fork, which CUDA forbids), import this module and not the script, and so must not find torch here.
+A matcher that has met a bad pair may compute for hours, so each comparison has its time. The processes import this
+module and not the script, and so must not find torch here.
 """
 
 import logging
 from collections.abc import Callable, Collection, Sequence
-from contextlib import closing
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from utils.crystal.structure import (
     MAX_ATOMIC_NUMBER,
     Crystal,
+    crystal_package,
     formula_of,
     niggli_reduced,
     pair_distances,
     to_structure,
     volume,
 )
-from utils.crystal.workers import FAILED, TIMED_OUT, Workers, structure_matcher
+from utils.crystal.workers import FAILED, TIMED_OUT, outcomes
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 MIN_DISTANCE, MIN_VOLUME = 0.5, 0.1  # Angstrom and cubic Angstrom
+TOLERANCES = {"stol": 0.5, "angle_tol": 10, "ltol": 0.3}  # CDVAE's, and of those who compare with it
 TIMEOUT_S = 30.0  # a pair of 20 atoms takes 0.02 s
 
 
@@ -71,6 +73,12 @@ def formula_if_any(atomic_numbers: np.ndarray) -> str | None:
     return formula_of(numbers) if numbers.size and ((numbers >= 1) & (numbers <= MAX_ATOMIC_NUMBER)).all() else None
 
 
+@lru_cache(maxsize=1)
+def structure_matcher() -> Any:
+    """pymatgen's, with the field's tolerances."""
+    return crystal_package("pymatgen.analysis.structure_matcher").StructureMatcher(**TOLERANCES)
+
+
 def comparable(a: Crystal, b: Crystal) -> bool:
     """Whether both are valid structures of one composition: no others ever match."""
     same = formula_if_any(a.atomic_numbers) == formula_if_any(b.atomic_numbers)
@@ -104,11 +112,10 @@ def match_pairs(
     timeout_s: float = TIMEOUT_S,
     matcher: Callable[[Crystal, Crystal], float | None] = match_rmsd,
 ) -> Matches:
-    """`match_rmsd` of each pair, each within `timeout_s` seconds; fewer than 50 pairs are matched in this process."""
-    with closing(Workers(num_processes)) as workers:
-        outcomes = workers.map(matcher, pairs, timeout_s)
-    happened = [what for what, _ in outcomes]
-    return Matches([rmsd for _, rmsd in outcomes], happened.count(TIMED_OUT), happened.count(FAILED))
+    """`match_rmsd` of each pair, each within `timeout_s` seconds."""
+    found = outcomes(matcher, pairs, num_processes, timeout_s)
+    happened = [what for what, _ in found]
+    return Matches([rmsd for _, rmsd in found], happened.count(TIMED_OUT), happened.count(FAILED))
 
 
 # ---- sets of structures
@@ -124,12 +131,12 @@ def rows_by_formula(crystals: Sequence[Crystal], formulas: Collection[str] | Non
     return rows
 
 
-def matched(workers: Workers, pairs: list[tuple[Crystal, Crystal]], timeout_s: float) -> list[bool]:
+def matched(pairs: list[tuple[Crystal, Crystal]], num_processes: int, timeout_s: float) -> list[bool]:
     """`is_match` of each; a pair that had no time counts as different, with a warning."""
-    outcomes = workers.map(is_match, pairs, timeout_s)
-    if late := sum(what == TIMED_OUT for what, _ in outcomes):
+    found = outcomes(is_match, pairs, num_processes, timeout_s)
+    if late := sum(what == TIMED_OUT for what, _ in found):
         logger.warning("%d pairs of structures took over %g s to compare and count as different", late, timeout_s)
-    return [bool(found) for _, found in outcomes]
+    return [bool(equal) for _, equal in found]
 
 
 def unique(crystals: Sequence[Crystal], num_processes: int = 1, timeout_s: float = TIMEOUT_S) -> np.ndarray:
@@ -138,12 +145,11 @@ def unique(crystals: Sequence[Crystal], num_processes: int = 1, timeout_s: float
     """
     is_unique = np.ones(len(crystals), dtype=bool)
     groups = list(rows_by_formula(crystals).values())
-    with closing(Workers(num_processes)) as workers:
-        while groups := [rows for rows in groups if len(rows) > 1]:
-            rows = [(first, row) for first, *others in groups for row in others]
-            equal = matched(workers, [(crystals[first], crystals[row]) for first, row in rows], timeout_s)
-            is_unique[[row for (_, row), found in zip(rows, equal, strict=True) if found]] = False
-            groups = [[row for row in others if is_unique[row]] for _, *others in groups]
+    while groups := [rows for rows in groups if len(rows) > 1]:
+        rows = [(first, row) for first, *others in groups for row in others]
+        equal = matched([(crystals[first], crystals[row]) for first, row in rows], num_processes, timeout_s)
+        is_unique[[row for (_, row), found in zip(rows, equal, strict=True) if found]] = False
+        groups = [[row for row in others if is_unique[row]] for _, *others in groups]
     return is_unique
 
 
@@ -155,7 +161,6 @@ def novel(
     ours = rows_by_formula(crystals)
     known = rows_by_formula(training, ours)
     rows = [(row, other) for formula, others in known.items() for row in ours[formula] for other in others]
-    with closing(Workers(num_processes)) as workers:
-        equal = matched(workers, [(crystals[row], training[other]) for row, other in rows], timeout_s)
+    equal = matched([(crystals[row], training[other]) for row, other in rows], num_processes, timeout_s)
     is_novel[[row for (row, _), found in zip(rows, equal, strict=True) if found]] = False
     return is_novel

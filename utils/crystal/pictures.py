@@ -8,28 +8,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from utils.crystal.files import any_formula
-from utils.crystal.structure import MAX_ATOMIC_NUMBER, Crystal, volume, wrapped
+from utils.crystal.structure import MAX_ATOMIC_NUMBER, Crystal, crystal_package, volume, wrapped
 
-# fmt: off
-# Colours of the elements by Jmol (jmol.sourceforge.net/jscolors), whose last is meitnerium.
-COLOURS = (
-    "FFFFFF D9FFFF CC80FF C2FF00 FFB5B5 909090 3050F8 FF0D0D 90E050 B3E3F5 AB5CF2 8AFF00 BFA6A6 F0C8A0 FF8000 "
-    "FFFF30 1FF01F 80D1E3 8F40D4 3DFF00 E6E6E6 BFC2C7 A6A6AB 8A99C7 9C7AC7 E06633 F090A0 50D050 C88033 7D80B0 "
-    "C28F8F 668F8F BD80E3 FFA100 A62929 5CB8D1 702EB0 00FF00 94FFFF 94E0E0 73C2C9 54B5B5 3B9E9E 248F8F 0A7D8C "
-    "006985 C0C0C0 FFD98F A67573 668080 9E63B5 D47A00 940094 429EB0 57178F 00C900 70D4FF FFFFC7 D9FFC7 C7FFC7 "
-    "A3FFC7 8FFFC7 61FFC7 45FFC7 30FFC7 1FFFC7 00FF9C 00E675 00D452 00BF38 00AB24 4DC2FF 4DA6FF 2194D6 267DAB "
-    "266696 175487 D0D0E0 FFD123 B8B8D0 A6544D 575961 9E4FB5 AB5C00 754F45 428296 420066 007D00 70ABFA 00BAFF "
-    "00A1FF 008FFF 0080FF 006BFF 545CF2 785CE3 8A4FE3 A136D4 B31FD4 B31FBA B30DA6 BD0D87 C70066 CC0059 D1004F "
-    "D90045 E00038 E6002E" + " EB0026" * 10
-).split()
-# Covalent radii in 0.01 Angstrom: Cordero et al. 2008, doi 10.1039/b801115j, whose last is curium.
-RADII = [int(radius) for radius in (
-    "31 28 128 96 84 76 71 66 57 58 166 141 121 111 107 105 102 106 203 176 170 160 153 139 139 132 126 124 132 122 "
-    "122 120 119 120 120 116 220 195 190 175 164 154 147 146 142 139 145 144 142 139 139 138 139 140 244 215 207 204 "
-    "203 201 199 198 198 196 194 192 192 189 190 187 187 175 170 162 151 144 141 136 136 132 145 146 148 140 150 150 "
-    "260 221 215 206 200 196 190 187 180 169" + " 169" * 22
-).split()]
-# fmt: on
+LAST_RADIUS, LAST_COLOUR = 96, 109  # curium and meitnerium: what is heavier looks like them
 ATOM_SCALE = 0.42  # of the covalent radius, so that the cell can be seen through
 FACE_DISTANCE = 0.25  # Angstrom from a face, within which an atom is drawn on the opposite one too
 AZIMUTH, ELEVATION = 0.35, 0.22  # radians between the view and the cell's first vector, c pointing up
@@ -80,7 +61,7 @@ def draw_crystal(crystal: Crystal, cell: int) -> Image.Image:
     turn = view_axes(lattice)
     numbers, frac_coords = with_repeats(crystal)
     atoms = frac_coords @ lattice @ turn  # (m, 3): right, up and towards the viewer, in Angstrom
-    radii = ATOM_SCALE * np.array([RADII[number - 1] for number in numbers]) / 100
+    radii = ATOM_SCALE * covalent_radii(numbers)
     segments = cell_edges() @ lattice @ turn  # (s, 2, 3)
     inside = (np.linalg.norm(segments.mean(axis=1)[:, None] - atoms, axis=-1) < radii).any(axis=1)  # of an atom
     segments = segments[~inside]
@@ -141,14 +122,19 @@ def cell_edges(pieces: int = 30) -> np.ndarray:
     return np.concatenate([np.stack([points[:-1], points[1:]], axis=1) for points in edges])
 
 
+def covalent_radii(numbers: np.ndarray) -> np.ndarray:
+    """In Angstrom: Cordero et al. 2008, doi 10.1039/b801115j."""
+    return crystal_package("ase.data").covalent_radii[np.minimum(numbers, LAST_RADIUS)]
+
+
 @lru_cache(maxsize=256)
 def ball(number: int, radius: int, haze: float) -> Image.Image:
-    """A shaded ball in an element's colour, lit from the upper left; `haze` in [0, 1] fades it to white."""
+    """A shaded ball in an element's colour by Jmol, lit from the upper left; `haze` in [0, 1] fades it to white."""
     y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1] / radius
     distance = np.sqrt(x**2 + y**2)
     z = np.sqrt(np.clip(1 - distance**2, 0, 1))
     light = np.clip((-0.45 * x - 0.55 * y + 0.7 * z) / np.linalg.norm([0.45, 0.55, 0.7]), 0, 1)
-    colour = np.array([int(COLOURS[number - 1][i : i + 2], 16) for i in (0, 2, 4)], dtype=np.float64)
+    colour = (255 * crystal_package("ase.data.colors").jmol_colors[min(number, LAST_COLOUR)]).round()
     shaded = colour * (0.5 + 0.5 * light)[..., None]
     shaded += (255 - shaded) * (0.55 * light**12)[..., None]
     shaded[distance > 1 - 1.5 * OVERSAMPLING / (radius + OVERSAMPLING)] *= 0.55

@@ -4,7 +4,7 @@ used.
 
 import re
 from collections import Counter
-from functools import reduce
+from functools import lru_cache, reduce
 from math import gcd
 from typing import Any, NamedTuple
 
@@ -12,19 +12,7 @@ import numpy as np
 
 from utils.errors import UserError
 
-# fmt: off
-SYMBOLS = (
-    "H", "He", "Li", "Be", "B", "C", "N", "O", "F", "Ne", "Na", "Mg", "Al", "Si", "P", "S", "Cl", "Ar", "K", "Ca",
-    "Sc", "Ti", "V", "Cr", "Mn", "Fe", "Co", "Ni", "Cu", "Zn", "Ga", "Ge", "As", "Se", "Br", "Kr", "Rb", "Sr", "Y",
-    "Zr", "Nb", "Mo", "Tc", "Ru", "Rh", "Pd", "Ag", "Cd", "In", "Sn", "Sb", "Te", "I", "Xe", "Cs", "Ba", "La", "Ce",
-    "Pr", "Nd", "Pm", "Sm", "Eu", "Gd", "Tb", "Dy", "Ho", "Er", "Tm", "Yb", "Lu", "Hf", "Ta", "W", "Re", "Os", "Ir",
-    "Pt", "Au", "Hg", "Tl", "Pb", "Bi", "Po", "At", "Rn", "Fr", "Ra", "Ac", "Th", "Pa", "U", "Np", "Pu", "Am", "Cm",
-    "Bk", "Cf", "Es", "Fm", "Md", "No", "Lr", "Rf", "Db", "Sg", "Bh", "Hs", "Mt", "Ds", "Rg", "Cn", "Nh", "Fl", "Mc",
-    "Lv", "Ts", "Og",
-)
-# fmt: on
-MAX_ATOMIC_NUMBER = len(SYMBOLS)
-ATOMIC_NUMBERS = {symbol: number for number, symbol in enumerate(SYMBOLS, start=1)}
+MAX_ATOMIC_NUMBER = 118
 # Every cell vector of the 3 x 3 x 3 cells around one: enough for the nearest image in a reduced cell.
 NEIGHBOUR_CELLS = np.stack(np.meshgrid(*[[-1, 0, 1]] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
 
@@ -46,6 +34,18 @@ def crystal_package(name: str) -> Any:
         raise UserError(
             f"crystals need the package {package}: pip install -r requirements-crystal.txt ({error})"
         ) from error
+
+
+@lru_cache(maxsize=1)
+def element_symbols() -> tuple[str, ...]:
+    """By atomic number; that of number 0, which is no element, is X."""
+    return tuple(crystal_package("ase.data").chemical_symbols[: MAX_ATOMIC_NUMBER + 1])
+
+
+@lru_cache(maxsize=1)
+def elements() -> dict[str, int]:
+    """Atomic numbers by symbol."""
+    return {symbol: number for number, symbol in enumerate(element_symbols()) if number}
 
 
 def cell_parameters(lattice: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -123,44 +123,44 @@ def counts_of(atomic_numbers: np.ndarray) -> dict[int, int]:
 
 def formula_of(atomic_numbers: np.ndarray) -> str:
     """The smallest formula unit, elements in alphabetical order: the same for every crystal of a composition."""
-    counts = {SYMBOLS[number - 1]: count for number, count in counts_of(atomic_numbers).items()}
+    counts = {element_symbols()[number]: count for number, count in counts_of(atomic_numbers).items()}
     return "".join(f"{symbol}{count if count > 1 else ''}" for symbol, count in sorted(counts.items()))
 
 
 def parse_formula(text: str, flag: str = "--composition") -> dict[int, int]:
-    """LiFePO4 -> {3: 1, 26: 1, 15: 1, 8: 4}. Raises UserError, which names the flag, for anything but element symbols
-    and whole numbers.
+    """LiFePO4 -> {3: 1, 26: 1, 15: 1, 8: 4}, and Ca(OH)2 -> {20: 1, 8: 2, 1: 2}. Raises UserError, which names the
+    flag, for anything but element symbols, whole numbers and brackets.
     """
-    counts: Counter[int] = Counter()
-    rest = text.strip()
-    while rest:
-        found = re.match(r"([A-Z][a-z]?)(\d*)", rest)
-        if not found:
-            raise UserError(
-                f"{flag} {text}: cannot read '{rest}'; write element symbols and whole numbers, as in LiFePO4, "
-                "without charges, brackets or dots"
-            )
-        symbol, number = found.groups()
-        if symbol not in ATOMIC_NUMBERS:
-            raise UserError(f"{flag} {text}: there is no element {symbol}")
-        if number and int(number) == 0:
-            raise UserError(f"{flag} {text}: {symbol}0 asks for no atoms; leave it out")
-        counts[ATOMIC_NUMBERS[symbol]] += int(number or 1)
-        rest = rest[found.end() :]
-    if not counts:
+    formula = text.strip()
+    if not formula:
         raise UserError(f"{flag}: the formula is empty; give one such as LiFePO4")
-    return dict(counts)
+    # Checked here, for pymatgen also takes 1e2 or 0.5 atoms, counts D as hydrogen and leaves out what is zero times.
+    if rest := re.sub(r"^([A-Z][a-z]?|[0-9]+|[()\[\]{}])+", "", formula):
+        raise UserError(
+            f"{flag} {text}: cannot read '{rest}'; write element symbols, whole numbers and brackets, as in LiFePO4 "
+            "or Ca(OH)2, without charges or dots"
+        )
+    for symbol in re.findall("[A-Z][a-z]?", formula):
+        if symbol not in elements():
+            raise UserError(f"{flag} {text}: there is no element {symbol}")
+    if zero := re.search(r"([A-Z][a-z]?|[)\]}])0+(?![0-9])", formula):
+        raise UserError(f"{flag} {text}: {zero[0]} asks for no atoms; leave it out")
+    composition = crystal_package("pymatgen.core").Composition
+    try:
+        return {element.Z: int(count) for element, count in composition(formula).items()}
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"{flag} {text}: it is no formula: {error}") from error
 
 
 def parse_chemical_system(text: str, flag: str = "--chemical_system") -> list[int]:
     """Li-Fe-O -> [3, 8, 26]. Raises UserError, which names the flag, for what is no element."""
     symbols = [part.strip() for part in text.split("-")]
     for symbol in symbols:
-        if symbol not in ATOMIC_NUMBERS:
+        if symbol not in elements():
             raise UserError(f"{flag} {text}: there is no element '{symbol}'; write symbols with dashes, as in Li-Fe-O")
     if len(set(symbols)) < len(symbols):
         raise UserError(f"{flag} {text}: an element is named twice; name it once")
-    return sorted(ATOMIC_NUMBERS[symbol] for symbol in symbols)
+    return sorted(elements()[symbol] for symbol in symbols)
 
 
 def to_structure(crystal: Crystal) -> Any:

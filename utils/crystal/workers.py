@@ -1,148 +1,103 @@
-"""Processes that match structures and can be killed: some pairs take pymatgen hours."""
+"""Processes that work on crystals, each task within its time: some pairs of structures take pymatgen hours.
+
+Processes start from a fresh interpreter by loky, which neither forks (CUDA forbids it) nor runs the script again; they
+import the module of the task and not the script, so torch must not be found there. pebble hands tasks out and kills
+what takes too long.
+"""
 
 import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
+import time
 import warnings
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import TimeoutError as TimedOut
+from contextlib import contextmanager
 from functools import lru_cache
-from multiprocessing.connection import Connection
-from pathlib import Path
+from multiprocessing.util import Finalize
 from typing import Any
 
 from utils.crystal.structure import crystal_package
 from utils.errors import UserError
 
-TOLERANCES = {"stol": 0.5, "angle_tol": 10, "ltol": 0.3}  # CDVAE's, and of those who compare with it
-GRACE_S = 5.0  # from the alarm, which a loop in C does not hear, to the kill
-START_TIMEOUT_S = 300.0
-MIN_TASKS = 50  # fewer are done before a process has started, which takes a second
 DONE, TIMED_OUT, FAILED = "done", "timed out", "failed"
 Outcome = tuple[str, Any]  # one of these three, and what the function returned
 
 
-# ---- two structures
+def start(parent: int, module: str) -> None:
+    """The first thing that a process does. `module` takes a second to import, which is no part of a task's time."""
+    warnings.simplefilter("ignore")
+    crystal_package("threadpoolctl").threadpool_limits(1)
+    crystal_package(module)
+    threading.Thread(target=leave_with, args=[parent], daemon=True).start()
 
 
-@lru_cache(maxsize=1)
-def structure_matcher() -> Any:
-    """pymatgen's, with the field's tolerances."""
-    return crystal_package("pymatgen.analysis.structure_matcher").StructureMatcher(**TOLERANCES)
+def leave_with(parent: int) -> None:
+    """Ends this process when its parent is gone, in the middle of a task too."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
-# ---- many comparisons, each in its time, in processes
+def make_pool(num_processes: int, module: str) -> Any:
+    """A `pebble.ProcessPool`, whose processes import a module of requirements-crystal.txt first."""
+    crystal_package(module.partition(".")[0])  # says here, and not in a process, that a package is missing
+    context = crystal_package("loky.backend").get_context("loky")
+    arguments = (os.getpid(), module)
+    return crystal_package("pebble").ProcessPool(num_processes, initializer=start, initargs=arguments, context=context)
 
 
-class AlarmRang(BaseException):
-    """The time of a comparison is over. No Exception, for libraries catch those."""
-
-
-def ring(*of_signal: Any) -> None:
-    raise AlarmRang
-
-
-def attempt(function: Callable, arguments: Sequence, timeout_s: float) -> Outcome:
-    """Calls a function for at most `timeout_s` seconds; its exceptions, but UserError, are an outcome. Outside of the
-    main thread there is no alarm.
-    """
-    alarm = threading.current_thread() is threading.main_thread()
+@contextmanager
+def process_pool(num_processes: int, module: str) -> Iterator[Any]:
+    """`make_pool`, stopped at the end, whatever is left to do."""
+    pool = make_pool(num_processes, module)
     try:
-        if alarm:
-            before = signal.signal(signal.SIGALRM, ring)
-            signal.setitimer(signal.ITIMER_REAL, timeout_s, 1.0)  # and again each second: a bare except swallows one
+        yield pool
+    finally:
+        stop(pool)
+
+
+def stop(pool: Any) -> None:
+    pool.stop()
+    pool.join()
+
+
+@lru_cache
+def lasting_pool(num_processes: int) -> Any:
+    """Processes that compare structures, kept for the next comparison; they end with this process."""
+    pool = make_pool(num_processes, "pymatgen.analysis.structure_matcher")
+    Finalize(pool, stop, [pool], exitpriority=1)  # before a process of multiprocessing waits for those it started
+    return pool
+
+
+def attempt(function: Callable, arguments: Sequence) -> Outcome:
+    """Calls a function. Its exceptions, but UserError, are an outcome: many cannot be sent between processes."""
+    try:
         return DONE, function(*arguments)
-    except AlarmRang:
-        return TIMED_OUT, None
     except UserError:
         raise
     except Exception:  # the matcher raises many kinds for odd cells; the field counts them as no match
         return FAILED, None
-    finally:
-        if alarm:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
 
 
-def serve() -> None:
-    """The life of a process: says that it is there, then answers tasks until the other end closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this
-    warnings.simplefilter("ignore")
-    connection = Connection(int(sys.argv[1]))
-    structure_matcher()  # its imports take a second, which is no part of the first task's time
-    connection.send((DONE, None))
-    with suppress(EOFError):
-        while True:
-            connection.send(attempt(*connection.recv()))
+def outcomes(function: Callable, tasks: Sequence[Sequence], num_processes: int, timeout_s: float) -> list[Outcome]:
+    """The outcome of a function, one of a module, for each tuple of arguments, in order. What takes longer than
+    `timeout_s` seconds, and what ends its process, costs no other task. Raises RuntimeError where no process starts.
+    """
+    if not tasks:
+        return []
+    pool = lasting_pool(num_processes)
+    if not pool.active:  # a process was killed while it had nothing to do
+        stop(pool)
+        lasting_pool.cache_clear()
+        pool = lasting_pool(num_processes)
+    futures = [pool.schedule(attempt, (function, arguments), timeout=timeout_s) for arguments in tasks]
+    return [outcome_of(future) for future in futures]
 
 
-class Worker:
-    """One process, at one task at a time: its own interpreter, neither a fork nor the script again."""
-
-    def __init__(self) -> None:
-        """Raises RuntimeError if it does not start."""
-        own, other = socket.socketpair()
-        paths = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *sys.path])
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", "from utils.crystal.workers import serve; serve()", str(other.fileno())],
-            pass_fds=[other.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        )
-        other.close()
-        self.connection = Connection(own.detach())
-        if self.answer(START_TIMEOUT_S)[0] != DONE:
-            raise RuntimeError(f"a process that matches structures did not start in {START_TIMEOUT_S:g} s, or died")
-
-    def answer(self, timeout_s: float) -> Outcome:
-        """What it says. A process that says nothing in its time, or died, is stopped."""
-        try:
-            if self.connection.poll(timeout_s):
-                return self.connection.recv()
-            outcome = TIMED_OUT
-        except (EOFError, ConnectionError):
-            outcome = FAILED
-        self.stop()
-        return outcome, None
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.connection.close()
-
-
-class Workers:
-    """Processes that compare, started when there is enough to do; with `num_processes` 1, none: all is done here."""
-
-    def __init__(self, num_processes: int) -> None:
-        self.num_processes = num_processes
-        self.idle = deque[Worker | None]([None] * num_processes)  # None: one that is still to be started, or again
-
-    def close(self) -> None:
-        while self.idle:
-            if worker := self.idle.pop():
-                worker.stop()
-
-    def call(self, function: Callable, arguments: Sequence, timeout_s: float) -> Outcome:
-        """`attempt` in one of the processes."""
-        worker = self.idle.pop()
-        try:
-            worker = worker or Worker()
-            worker.connection.send((function, arguments, timeout_s))
-            return worker.answer(timeout_s + GRACE_S)
-        finally:
-            self.idle.append(worker if worker and not worker.connection.closed else None)
-
-    def map(self, function: Callable, tasks: Sequence[Sequence], timeout_s: float) -> list[Outcome]:
-        """The outcome of a function, one of a module, for each tuple of arguments."""
-        structure_matcher()  # says here, and not in a process, that a package is missing
-        if self.num_processes <= 1 or len(tasks) < MIN_TASKS:
-            return [attempt(function, arguments, timeout_s) for arguments in tasks]
-        with ThreadPoolExecutor(self.num_processes) as threads:  # each waits for one process
-            return list(threads.map(lambda arguments: self.call(function, arguments, timeout_s), tasks))
+def outcome_of(future: Any) -> Outcome:
+    try:
+        return future.result()
+    except TimedOut:
+        return TIMED_OUT, None
+    except crystal_package("pebble").ProcessExpired:
+        return FAILED, None

@@ -174,6 +174,19 @@ def text_encoder_in_loop(
     return exporter.text_encoder
 
 
+def validation_labels(args: Namespace, labels: dict | None) -> list[int]:
+    """The labels of the validation grids; none of an unconditional model. Raises UserError for one that is not."""
+    if args.unconditional:
+        if args.validation_labels:
+            raise UserError("--validation_labels with --unconditional: the model knows no labels; leave one out")
+        return []
+    num_classes = labels["num_classes"] if labels else 0
+    wrong = [label for label in args.validation_labels or [] if label >= num_classes]
+    if wrong:
+        raise UserError(f"--validation_labels: {wrong[0]}, but the classes are 0 to {num_classes - 1}")
+    return args.validation_labels or list(range(min(10, num_classes)))
+
+
 def grid_settings(args: Namespace) -> dict[str, Any]:
     """How validation grids are sampled."""
     return {

@@ -8,6 +8,7 @@ import yaml
 from utils.args.parsing import fraction, non_negative_int, positive_float, positive_int
 from utils.errors import UserError
 from utils.image.args.validation import DEFAULT_EVAL_IMAGES
+from utils.plan import arithmetic
 
 SCRIPTS = {"text": "train_text_to_image_ldm.py", "class": "train_class_cond_ldm.py"}
 # Flags that only one of the two trainers has, and flags from which the trainer can be inferred.
@@ -145,3 +146,25 @@ def write_config(args: Namespace, report: list[str]) -> None:
     path = Path(args.output_config)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
+
+
+def dataset_lines(args: Namespace, spec, samples: int) -> list[str]:
+    """What is known where the number of images is: epochs, and the size of the cache."""
+    num_images = args.dataset_size or args.max_samples or spec.num_rows
+    if not num_images:
+        return ["data: --dataset_size would tell epochs and the cache's size"]
+    is_text = args.trainer == "text"
+    cached = arithmetic.cache_bytes(
+        num_images,
+        spec.shape,
+        spec.content == "moments",
+        spec.flips or args.random_flip,
+        labels=not is_text,
+        num_captions=num_images if is_text else 0,
+        states_shape=spec.captions["shape"] if is_text and spec.captions["content"] == "hidden_states" else None,
+        sequence_length=spec.captions["shape"][0] if is_text else 0,
+    )
+    what = ", with a caption of its own for each" if is_text else ""
+    return [
+        f"data: {samples / num_images:.2f} epochs of {num_images} images; cache {arithmetic.readable(cached)}{what}"
+    ]

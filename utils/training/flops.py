@@ -6,110 +6,57 @@ under 1 % of a model that is worth a budget.
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention as UNetAttention
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from utils.diffusion.denoiser import ConditionalDenoiser
-from utils.models.attention import Attention as DiTAttention
-from utils.models.dit import AFTER_ROUTE, BEFORE_ROUTE, DiT
-from utils.training.lora import blank, is_adapted
+from utils.models.dit import DiT
+from utils.training.lora import is_adapted
+from utils.training.sharding import new_like
 
 # A backward pass computes two products for each one of the forward pass: by the inputs and by the weights. What
 # gradient checkpointing computes again counts as time, not as work (PaLM, arXiv 2204.02311, appendix B).
 TRAINING_FORWARDS = 3
 
-ONCE_A_SAMPLE = ("time_emb_proj", "adaln")  # linear layers inside blocks that read the timestep embedding
-
-
-def layer_flops(module: nn.Module, tokens: int, context: int) -> int:
-    """FLOPs of the layers in a part of a model that works on `tokens` places of one sample, with cross-attention to
-    `context` tokens.
-    """
-    rows: dict[nn.Module, int] = {}  # of the layers that do not see `tokens` rows
-    flops = 0
-    for name, part in module.named_modules():
-        last_name = name.rpartition(".")[2]
-        if isinstance(part, UNetAttention | DiTAttention):
-            is_cross = getattr(part, "is_cross_attention", last_name == "cross_attention")
-            keys = context if is_cross else tokens
-            rows |= {getattr(part, layer): keys for layer in ("to_k", "to_v", "to_kv") if hasattr(part, layer)}
-            flops += 2 * 2 * tokens * keys * part.to_q.out_features  # Q K^T, and its softmax times V
-        elif isinstance(part, nn.Linear | nn.Conv2d):
-            flops += 2 * part.weight.numel() * rows.get(part, 1 if last_name in ONCE_A_SAMPLE else tokens)
-    return flops
-
-
-def dit_flops(model: DiT, height: int, width: int, context: int, tread_ratio: float = 0.0) -> int:
-    """Of a forward pass in which a share of `tread_ratio` of the tokens skips the middle blocks."""
-    tokens = (height // model.config.patch_size) * (width // model.config.patch_size)
-    flops = 0
-    for name, part in model.named_children():
-        if name != "blocks":
-            flops += layer_flops(part, tokens if name in ("patch_embed", "proj_out") else 1, context)
-    for i, block in enumerate(model.blocks):
-        is_routed = BEFORE_ROUTE <= i < len(model.blocks) - AFTER_ROUTE
-        flops += layer_flops(block, tokens - int(tokens * tread_ratio) if is_routed else tokens, context)
-    return flops
-
-
-def unet_flops(model: UNet2DConditionModel, height: int, width: int, context: int) -> int:
-    """Of a forward pass; each level halves height and width, rounding up."""
-    flops = sum(layer_flops(part, height * width, context) for part in (model.conv_in, model.conv_out))
-    for name, part in model.named_children():
-        if name in ("time_embedding", "class_embedding"):
-            flops += layer_flops(part, 1, context)
-    places = [height * width]  # of the levels so far
-    for block in model.down_blocks:
-        flops += layer_flops(without_samplers(block), places[-1], context)
-        if block.downsamplers:
-            height, width = -(-height // 2), -(-width // 2)
-            places.append(height * width)
-            flops += layer_flops(block.downsamplers, places[-1], context)
-    if model.mid_block is not None:
-        flops += layer_flops(model.mid_block, places[-1], context)
-    for block in model.up_blocks:
-        flops += layer_flops(without_samplers(block), places[-1], context)
-        if block.upsamplers:
-            places.pop()
-            flops += layer_flops(block.upsamplers, places[-1], context)
-    return flops
-
-
-def without_samplers(block: nn.Module) -> nn.ModuleList:
-    """The parts of a U-Net's block that work at the block's own resolution."""
-    return nn.ModuleList(part for name, part in block.named_children() if name not in ("downsamplers", "upsamplers"))
-
-
-FLOPS_OF: dict[type, Callable[..., int]] = {DiT: dit_flops, UNet2DConditionModel: unet_flops}
-
 
 def forward_flops(
     denoiser: nn.Module, latent_shape: tuple[int, ...], sequence_length: int = 0, tread_ratio: float = 0.0
 ) -> int:
-    """FLOPs of one sample's forward pass, from the shapes of the layers alone: a model on the meta device will do.
+    """FLOPs of one sample's forward pass, by PyTorch's counter: of a new model of the same config, without adapters,
+    on the meta device, where nothing is computed.
 
     `denoiser` is a UNet2DConditionModel, a DiT or a ConditionalDenoiser of one, `latent_shape` (C, H, W),
-    `sequence_length` the number of text tokens, `tread_ratio` the share of a DiT's tokens that is routed. Raises
-    ValueError for another model, or without a length for a model with cross-attention.
+    `sequence_length` the number of text tokens, `tread_ratio` the share of a DiT's tokens that is routed past the
+    middle blocks. Raises ValueError for another model, or without a length for a model with cross-attention.
     """
     model = denoiser.model if isinstance(denoiser, ConditionalDenoiser) else denoiser
-    if type(model) not in FLOPS_OF:
-        raise ValueError(f"the FLOPs of {type(model).__name__} are not known: {[each.__name__ for each in FLOPS_OF]}")
-    attends_to_context = any(
-        getattr(part, "is_cross_attention", name.endswith("cross_attention"))
-        for name, part in model.named_modules()
-        if isinstance(part, UNetAttention | DiTAttention)
-    )
-    if attends_to_context and not sequence_length:
+    if not isinstance(model, DiT | UNet2DConditionModel):
+        raise ValueError(f"the FLOPs of {type(model).__name__} are not known: give a DiT or a UNet2DConditionModel")
+    config, is_dit = model.config, isinstance(model, DiT)
+    reads_text = config.cross_attention_dim if is_dit else "CrossAttn" in str(config.down_block_types)
+    if reads_text and not sequence_length:
         raise ValueError("a model with cross-attention needs the number of its tokens: sequence_length")
-    routing = {"tread_ratio": tread_ratio} if tread_ratio else {}
-    return FLOPS_OF[type(model)](model, latent_shape[-2], latent_shape[-1], sequence_length, **routing)
+    identity_width = config.hidden_size if is_dit else 4 * config.block_out_channels[0]
+    with torch.device("meta"), torch.no_grad():
+        model = new_like(model)
+        routing = {}
+        if tread_ratio:
+            tokens = latent_shape[-2] * latent_shape[-1] // config.patch_size**2
+            routing["kept_tokens"] = torch.arange(tokens - int(tokens * tread_ratio))[None]
+        with FlopCounterMode(display=False) as counter:
+            model(
+                torch.empty(1, *latent_shape),
+                torch.empty(1),
+                encoder_hidden_states=torch.empty(1, sequence_length, config.cross_attention_dim or 1),
+                class_labels=torch.empty(1, config.projection_class_embeddings_input_dim or identity_width),
+                **routing,
+            )
+    return counter.get_total_flops()
 
 
 def training_flops(
@@ -118,9 +65,8 @@ def training_flops(
     """FLOPs that training spends on one sample: three forward passes' worth, or with adapters, which are not counted,
     two: frozen weights need no gradient. Arguments of `forward_flops`.
     """
-    if isinstance(denoiser, ConditionalDenoiser) and is_adapted(denoiser.model):
-        return 2 * forward_flops(blank(denoiser), latent_shape, sequence_length, tread_ratio)
-    return TRAINING_FORWARDS * forward_flops(denoiser, latent_shape, sequence_length, tread_ratio)
+    forwards = 2 if isinstance(denoiser, ConditionalDenoiser) and is_adapted(denoiser.model) else TRAINING_FORWARDS
+    return forwards * forward_flops(denoiser, latent_shape, sequence_length, tread_ratio)
 
 
 @dataclass(frozen=True)

@@ -261,14 +261,20 @@ def make_schedule(args: Namespace) -> LearningRate:
     return LearningRate(args.learning_rate, args.lr_scheduler, args.lr_warmup_steps, args.max_train_steps)
 
 
-def make_optimizer(args: Namespace, model: nn.Module, own: Groups | None = None) -> torch.optim.Optimizer:
+def make_optimizer(
+    args: Namespace,
+    model: nn.Module,
+    own: Groups | None = None,
+    name: str | None = None,
+    betas: tuple[float, float] | None = None,
+) -> torch.optim.Optimizer:
     """The optimizer of the optimizer flags over all trainable parameters; `own` are settings of some of them, by the
-    beginning of their names."""
+    beginning of their names, `name` and `betas` what takes the place of the flags."""
     return optimizers.make_optimizer(
         model,
-        name=args.optimizer,
+        name=name or args.optimizer,
         learning_rate=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
+        betas=betas or (args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
         epsilon=args.adam_epsilon,
         own=own,

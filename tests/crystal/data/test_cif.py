@@ -133,23 +133,25 @@ def test_bad_arrays_are_skipped_with_their_reason(name, tmp_path):
 
 
 def test_processes_read_the_same_and_know_nothing_of_torch(tmp_path):
-    """In a program of its own, which has torch; a fork of it would have torch too."""
+    """In a program of its own that has torch and no guard: neither a fork of it nor the program again."""
     (tmp_path / "cifs.json").write_text(json.dumps([GOOD, SYMMETRISED, "", UNREADABLE] * 30))
     (tmp_path / "program.py").write_text("""
 import json, sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-if __name__ == "__main__":
-    import torch
-    from utils.crystal.data import cif as crystal_cif
-    crystal_cif.MIN_CIFS_FOR_PROCESSES = 100
-    rows = [{"cif": text} for text in json.loads(Path(sys.argv[1]).read_text())]
-    found = crystal_cif.parse_rows(rows, 20)
-    with ProcessPoolExecutor(1, mp_context=crystal_cif.process_context()) as pool:
-        pool.submit(crystal_cif.parse_row, rows[0], 20).result()
-        loaded = pool.submit(eval, "[name for name in ('torch', 'datasets', 'spglib') if name in __import__('sys').modules]").result()
-    print(json.dumps([loaded, [each if isinstance(each, str) else each.frac_coords.tolist() for each in found]]))
+import torch
+
+from utils.crystal.data import cif
+from utils.crystal.workers import process_pool
+
+cif.MIN_CIFS_FOR_PROCESSES = 100
+rows = [{"cif": text} for text in json.loads(Path(sys.argv[1]).read_text())]
+found = cif.parse_rows(rows, 20)
+with process_pool(1, "pymatgen.io.cif") as pool:
+    pool.schedule(cif.parse_row, (rows[0], 20)).result()
+    modules = "[name for name in ('torch', 'datasets', 'spglib') if name in __import__('sys').modules]"
+    loaded = pool.schedule(eval, (modules,)).result()
+print(json.dumps([loaded, [each if isinstance(each, str) else each.frac_coords.tolist() for each in found]]))
 """)
     command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "cifs.json")]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -162,11 +164,10 @@ if __name__ == "__main__":
 
 
 def test_reading_goes_on_where_no_process_can_be_started(monkeypatch, caplog):
-    class Broken:
-        def __init__(self, *_args, **_options):
-            raise crystal_cif.BrokenProcessPool("a child process terminated abruptly")
+    def broken(*_args):
+        raise crystal_cif.BrokenProcessPool("a child process terminated abruptly")
 
-    monkeypatch.setattr(crystal_cif, "ProcessPoolExecutor", Broken)
+    monkeypatch.setattr(crystal_cif, "process_pool", broken)
     monkeypatch.setattr(crystal_cif, "MIN_CIFS_FOR_PROCESSES", 2)
     monkeypatch.setattr(crystal_cif.os, "cpu_count", lambda: 2)
     assert all(isinstance(each, Crystal) for each in parse_rows([{"cif": GOOD}] * 3, 20))

@@ -15,7 +15,8 @@ for package in ("pymatgen", "spglib"):
 WRONG = [
     ("asked", {"composition": "Xx2"}, "--composition Xx2: there is no element Xx"),
     ("asked", {"composition": "Fe3+"}, "--composition Fe3\\+: cannot read '\\+'.*charges"),
-    ("asked", {"composition": "Ca(OH)2"}, "--composition Ca\\(OH\\)2: cannot read"),
+    ("asked", {"composition": "Ca(OH"}, "--composition Ca\\(OH: it is no formula"),
+    ("asked", {"composition": "D2O"}, "--composition D2O: there is no element D"),
     ("asked", {"composition": "Na0Cl"}, "--composition Na0Cl: Na0 asks for no atoms"),
     ("asked", {"composition": ["NaCl", " "]}, "--composition: the formula is empty"),
     ("asked", {"composition": "Na9"}, "--composition Na9: 9 atoms, and .* up to 8"),

@@ -3,26 +3,25 @@ torch, whose CUDA no process may inherit, and no datasets.
 """
 
 import logging
-import multiprocessing
 import os
 import re
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.context import BaseContext
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 
 from utils.crystal.structure import (
-    ATOMIC_NUMBERS,
     MAX_ATOMIC_NUMBER,
     Crystal,
     crystal_package,
+    elements,
     min_distance,
     niggli_reduced,
     volume,
 )
+from utils.crystal.workers import process_pool
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -43,20 +42,11 @@ def parse_rows(rows: list[dict[str, Any]], max_atoms: int) -> list[Crystal | str
     workers = os.cpu_count() or 1
     if workers > 1 and sum(CIF_COLUMN in row for row in needed) >= MIN_CIFS_FOR_PROCESSES:
         try:
-            with ProcessPoolExecutor(workers, mp_context=process_context()) as pool:
-                return list(pool.map(parse_row, needed, [max_atoms] * len(needed), chunksize=50))
-        except BrokenProcessPool as error:  # of a program read from stdin, say, no process can be started
+            with process_pool(workers, "pymatgen.io.cif") as pool:
+                return list(pool.map(parse_row, needed, repeat(max_atoms), chunksize=50).result())
+        except (OSError, BrokenProcessPool) as error:  # a process died, or none can be started
             logger.warning("CIF files are read one at a time: %s", error)
     return [parse_row(row, max_atoms) for row in needed]
-
-
-def process_context() -> BaseContext:
-    """How processes are started: from a fresh interpreter, for a fork copies the locks of torch's threads."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "pymatgen.io.cif"])  # imported once, not by every process
-    return context
 
 
 def parse_row(row: dict[str, Any], max_atoms: int) -> Crystal | str:
@@ -137,7 +127,7 @@ def check_block(block: dict[str, Any]) -> None:
     symbols = block.get("_atom_site_type_symbol", [])
     for symbol in [symbols] if isinstance(symbols, str) else symbols:
         letters = re.match("[A-Za-z]*", symbol)
-        if letters is None or letters[0].title() not in {*ATOMIC_NUMBERS, "D", "T"}:
+        if letters is None or letters[0].title() not in {*elements(), "D", "T"}:
             raise ValueError(f"there is no element {symbol}")
 
 

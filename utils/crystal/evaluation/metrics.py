@@ -13,7 +13,15 @@ from scipy.spatial.distance import cdist
 from scipy.stats import wasserstein_distance
 
 from utils.crystal.matching import formula_if_any, is_structurally_valid, reduced_if_valid
-from utils.crystal.structure import SYMBOLS, Crystal, cell_parameters, counts_of, crystal_package, volume
+from utils.crystal.structure import (
+    MAX_ATOMIC_NUMBER,
+    Crystal,
+    cell_parameters,
+    counts_of,
+    crystal_package,
+    element_symbols,
+    volume,
+)
 from utils.errors import UserError
 from utils.evaluation.figures import Figure, at_most, half_sampling_figure, mean_figure, random_halves, share_figure
 
@@ -67,10 +75,10 @@ def element_table() -> np.ndarray:
     say) and mass in u.
     """
     element = crystal_package("pymatgen.core").Element
-    table = np.zeros((len(SYMBOLS) + 1, 4))
+    table = np.zeros((MAX_ATOMIC_NUMBER + 1, 4))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one for each element without electronegativity
-        for number, one in enumerate(map(element, SYMBOLS), start=1):
+        for number, one in enumerate(map(element, element_symbols()[1:]), start=1):
             table[number] = one.row, one.group, one.X or np.nan, float(one.atomic_mass)
     table[0] = np.nan
     table[:, 2] = np.where(np.isnan(table[:, 2]), np.nanmean(table[:, 2]), table[:, 2])
@@ -103,14 +111,14 @@ def composition_fingerprint(atomic_numbers: np.ndarray) -> np.ndarray:
     """(118 + 3,): the fraction of each element, and the means of period, group and electronegativity. This program's
     own: it compares with no published table.
     """
-    fractions = np.bincount(atomic_numbers, minlength=len(SYMBOLS) + 1)[1:] / len(atomic_numbers)
+    fractions = np.bincount(atomic_numbers, minlength=MAX_ATOMIC_NUMBER + 1)[1:] / len(atomic_numbers)
     return np.concatenate([fractions, element_table()[atomic_numbers, :3].mean(axis=0)])
 
 
 def fingerprints(crystals: Sequence[Crystal]) -> np.ndarray:
     """Both fingerprints (n, 132 + 121) of at most 5,000 crystals; rows of NaN for crystals that are not valid."""
     crystals = [crystals[int(row)] for row in at_most(torch.arange(len(crystals)), MAX_COMPARED)]
-    rows = np.full((len(crystals), 2 * len(RADII) + len(SYMBOLS) + 3), np.nan)
+    rows = np.full((len(crystals), 2 * len(RADII) + MAX_ATOMIC_NUMBER + 3), np.nan)
     for row, crystal in enumerate(crystals):
         structure = structure_fingerprint(crystal)
         if structure is not None:
@@ -128,7 +136,7 @@ def fingerprint_scale(reference: np.ndarray) -> np.ndarray:
     then count alike, with a variance of one each.
     """
     spread = reference.std(axis=0)
-    structure, fractions, means = np.split(spread, [2 * len(RADII), 2 * len(RADII) + len(SYMBOLS)])
+    structure, fractions, means = np.split(spread, [2 * len(RADII), 2 * len(RADII) + MAX_ATOMIC_NUMBER])
     blocks = [np.full_like(block, np.linalg.norm(block)) for block in (structure, fractions)]
     scale = np.concatenate([*blocks, means * len(means) ** 0.5])
     return np.where(scale > 1e-9, scale, 1.0)
@@ -275,7 +283,7 @@ def energy_above_hull(
     diagrams, core = crystal_package("pymatgen.analysis.phase_diagram"), crystal_package("pymatgen.core")
 
     def entry(of: Mapping[int, int], energy: float) -> Any:
-        composition = core.Composition({SYMBOLS[number - 1]: count for number, count in of.items()})
+        composition = core.Composition({element_symbols()[number]: count for number, count in of.items()})
         return diagrams.PDEntry(composition, energy * composition.num_atoms)
 
     if not set(counts) <= {number for of, _ in entries if len(of) == 1 for number in of}:

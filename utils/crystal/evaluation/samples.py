@@ -14,7 +14,7 @@ from utils.crystal.data.table import CIF_COLUMN, CrystalTable, load_crystals, op
 from utils.crystal.files import LINES_FILE, TABLE_FILE, read_samples
 from utils.crystal.pipeline import CrystalPipeline
 from utils.crystal.sampler import clamped_counts, numbers_of_atoms, requested_crystals
-from utils.crystal.structure import SYMBOLS, Crystal, counts_of, formula_of, parse_formula
+from utils.crystal.structure import Crystal, counts_of, element_symbols, formula_of, parse_formula
 from utils.diffusion.sampling import batches, image_generators
 from utils.errors import UserError
 from utils.evaluation.figures import rows_at_most
@@ -64,7 +64,7 @@ class Real:
         crystals = table.crystals()
         requests: list[dict[str, Any]] = [{} for _ in crystals]
         for i, (request, crystal) in enumerate(zip(requests, crystals, strict=True)):
-            elements = [SYMBOLS[number - 1] for number in sorted(set(crystal.atomic_numbers.tolist()))]
+            elements = [element_symbols()[number] for number in sorted(set(crystal.atomic_numbers.tolist()))]
             own: dict[str, Any] = {
                 "composition": str(table.columns["formula"][i]),
                 "chemical_system": "-".join(elements),

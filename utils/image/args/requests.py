@@ -12,6 +12,7 @@ def add_request_args(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("request of images")
     group.add_argument("--prompt", action="append", default=None, help="Prompt; may be given several times.")
     group.add_argument("--prompts_file", default=None, help="Text file with one prompt per line.")
+    group.add_argument("--negative_prompt", default=None, help="Prompt to guide away from, instead of the empty one.")
     group.add_argument(
         "--class_labels",
         nargs="+",
@@ -25,13 +26,13 @@ def add_count_args(parser: ArgumentParser) -> None:
     """How many images `sample.py` makes, and what makes only them faster."""
     group = parser.add_argument_group("sampling of images")
     group.add_argument(
-        "--num_images_per_prompt", type=positive_int, default=4, help="Images for each prompt or label."
+        "--num_images_per_prompt", type=positive_int, default=4, help="Number of images per prompt or label."
     )
     group.add_argument(
         "--fuse_qkv_projections",
         action=BooleanOptionalAction,
         default=False,
-        help="Of a U-Net: queries, keys and values by one product of matrices. Changes rounding only.",
+        help="Compute the queries, keys and values of a U-Net in one matrix product. Changes rounding only.",
     )
 
 
