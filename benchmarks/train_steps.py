@@ -34,9 +34,9 @@ class Clock:
         self.log: StepLog | None = None
         self.make_loader = run.make_loader
 
-    def make_log(self, *args: Any) -> StepLog:
+    def make_log(self, *args: Any, **settings: Any) -> StepLog:
         """The trainer's own log, which knows the device and the FLOPs of a sample."""
-        self.log = StepLog(*args)
+        self.log = StepLog(*args, **settings)
         return self.log
 
     def timed_batches(self, *args: Any):

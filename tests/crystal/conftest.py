@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.crystal import TINY_VAE
+from tests.support.crystals.models import TINY_VAE
+from tests.support.crystals.random_runs import COLUMNS, GAP, SYSTEM, export_run, make_denoiser, make_pipeline, make_run
 from tests.support.processes import with_random_weights
-from tests.support.random_crystal_runs import COLUMNS, GAP, SYSTEM, export_run, make_denoiser, make_pipeline, make_run
 from utils.crystal.vae.network import CrystalVAE
 from utils.diffusion.sampling import SAMPLERS
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.crystal import SIZES, batch_of, crystals, perfect
-from tests.support.sets import MAX_ATOMS, normals
+from tests.support.crystals.models import SIZES, batch_of, crystals, perfect
+from tests.support.crystals.sets import MAX_ATOMS, normals
 from utils.crystal.codec import assigned, crystals_of
 from utils.crystal.structure import MAX_ATOMIC_NUMBER, cell_parameters
 from utils.crystal.vae.network import CrystalPrediction, frac_vectors

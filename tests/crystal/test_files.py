@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.support.crystal import GARBAGE, random_crystal, save
+from tests.support.crystals.models import GARBAGE, random_crystal, save
 from utils.crystal.data.table import load_crystals
 from utils.crystal.files import any_formula, read_samples, write_cif
 from utils.crystal.structure import Crystal, cell_parameters, formula_of, niggli_reduced, to_structure

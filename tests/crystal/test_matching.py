@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.support.known_crystals import (
+from tests.support.crystals.known import (
     GARBAGE,
     NACL,
     NACL_IN_CSCL,

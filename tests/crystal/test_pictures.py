@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.crystal import GARBAGE, random_crystal, save
+from tests.support.crystals.models import GARBAGE, random_crystal, save
 from tests.support.data import DATA
 from utils.crystal.data.table import load_crystals
 from utils.crystal.files import read_samples

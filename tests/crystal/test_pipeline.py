@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.crystal import SIZES
+from tests.support.crystals.models import SIZES
+from tests.support.crystals.sets import CHANNELS, CLOSE, COLUMNS, MAX_ATOMS, VALUES, WIDTH, normals, set_dit
 from tests.support.processes import with_random_weights
-from tests.support.sets import CHANNELS, CLOSE, COLUMNS, MAX_ATOMS, VALUES, WIDTH, normals, set_dit
 from utils.crystal.pipeline import CrystalPipeline
 from utils.crystal.structure import Crystal
 from utils.crystal.vae.network import CrystalVAE

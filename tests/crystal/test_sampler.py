@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from tests.support.random_crystal_runs import NUM_ITEMS
+from tests.support.crystals.random_runs import NUM_ITEMS
 from utils.args.columns import parse_conditions
 from utils.crystal.cache import CONDITION_KINDS, OF_ATOMS
 from utils.crystal.pipeline import load_run

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.support.crystal_data import brute_distances, random_crystal, random_lattice, same
+from tests.support.crystals.data import brute_distances, random_crystal, random_lattice, same
 from utils.crystal.structure import (
     Crystal,
     cell_matrix,

@@ -11,8 +11,8 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.support.known_crystals import GARBAGE, NACL, ONE, cubes
-from tests.support.planted_matcher import hangs, planted
+from tests.support.crystals.known import GARBAGE, NACL, ONE, cubes
+from tests.support.crystals.planted_matcher import hangs, planted
 from tests.support.processes import ROOT
 from utils.crystal import matching as metrics_structures
 from utils.crystal import workers
@@ -59,7 +59,7 @@ import sys
 
 import torch
 
-from tests.support.planted_matcher import says_who
+from tests.support.crystals.planted_matcher import says_who
 from utils.crystal.workers import outcomes
 
 assert __name__ == "__main__"  # no process runs this again

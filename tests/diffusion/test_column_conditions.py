@@ -7,9 +7,9 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from tests.support.sets import COLUMNS, VALUES, WIDTH
-from utils.diffusion.conditions import COLUMN_CONDITIONS, ColumnCondition, ConditionSum
-from utils.diffusion.denoiser import draw_drops
+from tests.support.crystals.sets import COLUMNS, VALUES, WIDTH
+from utils.diffusion.conditions import COLUMN_CONDITIONS, ColumnCondition, ConditionSum, NoCondition
+from utils.diffusion.denoiser import ConditionalDenoiser
 from utils.draws import SampleDraws
 
 # ---- conditions ------------------------------------------------------------------------------------------------------
@@ -170,11 +170,18 @@ def test_a_condition_of_ones_own(monkeypatch, tmp_path):
 NUM_DRAWS = 40_000
 
 
+def draw_drop(draws, prob, names):
+    """What a denoiser with properties of these names hides."""
+    columns = {name: {"kind": "property", "mean": 0.0, "std": 1.0} for name in names}
+    conditions = ConditionSum(8, columns) if columns else NoCondition()
+    return ConditionalDenoiser(nn.Identity(), conditions).draw_drop(draws, prob)
+
+
 @pytest.mark.parametrize("prob", [0.1, 0.3])
 def test_conditions_are_hidden_together_and_alone(prob):
     """All of them with p + (1 - p) p^K, each with p + (1 - p) p, one alone with (1 - p) p (1 - p)^(K - 1)."""
     names = ["a", "b", "c"]
-    drops = draw_drops(SampleDraws(0, torch.arange(NUM_DRAWS)), prob, names)
+    drops = draw_drop(SampleDraws(0, torch.arange(NUM_DRAWS)), prob, names)
     assert drops.shape == (NUM_DRAWS, 3)
     assert drops.dtype == torch.bool
     tolerance = 4 * math.sqrt(0.25 / NUM_DRAWS)
@@ -187,23 +194,23 @@ def test_conditions_are_hidden_together_and_alone(prob):
 
 @pytest.mark.parametrize("names", [[], ["a"]])
 def test_one_condition_is_hidden_as_everywhere(names):
-    drops = draw_drops(SampleDraws(0, torch.arange(NUM_DRAWS)), 0.2, names)
+    drops = draw_drop(SampleDraws(0, torch.arange(NUM_DRAWS)), 0.2, names)
     assert drops.shape == (NUM_DRAWS,)
     assert drops.float().mean().item() == pytest.approx(0.2, abs=0.01)
-    several = draw_drops(SampleDraws(0, torch.arange(NUM_DRAWS)), 0.2, ["a", "b"])
+    several = draw_drop(SampleDraws(0, torch.arange(NUM_DRAWS)), 0.2, ["a", "b"])
     assert several[drops].all()  # the samples that are told nothing are the same
 
 
 def test_what_is_hidden_depends_on_the_position_alone():
-    whole = draw_drops(SampleDraws(3, torch.arange(100)), 0.5, ["a", "b"])
+    whole = draw_drop(SampleDraws(3, torch.arange(100)), 0.5, ["a", "b"])
     places = torch.tensor([99, 4, 4, 50])
-    assert torch.equal(draw_drops(SampleDraws(3, places), 0.5, ["a", "b"]), whole[places])
-    assert not torch.equal(draw_drops(SampleDraws(4, torch.arange(100)), 0.5, ["a", "b"]), whole)
-    swapped = draw_drops(SampleDraws(3, torch.arange(100)), 0.5, ["b", "a"])
-    assert torch.equal(swapped.flip(1), whole)  # each by its name
+    assert torch.equal(draw_drop(SampleDraws(3, places), 0.5, ["a", "b"]), whole[places])
+    assert not torch.equal(draw_drop(SampleDraws(4, torch.arange(100)), 0.5, ["a", "b"]), whole)
+    others = draw_drop(SampleDraws(3, torch.arange(100)), 0.5, ["b", "c"])
+    assert torch.equal(others[:, 0], whole[:, 1])  # each by its name
 
 
 @pytest.mark.parametrize(("prob", "expected"), [(0.0, False), (1.0, True)])
 def test_never_and_always(prob, expected):
-    drops = draw_drops(SampleDraws(0, torch.arange(1000)), prob, ["a", "b"])
+    drops = draw_drop(SampleDraws(0, torch.arange(1000)), prob, ["a", "b"])
     assert (drops == expected).all()

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from tests.support.expression_models import CELLS, CHANNELS, make_vae, small_table
+from tests.support.cells.models import CELLS, CHANNELS, make_vae, small_table
 from utils.expression.codec import draw_cells, encode_cells
 from utils.expression.data.stream import cell_batch
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.support.expression_models import normals
+from tests.support.cells.models import normals
 from utils.expression.evaluation.real import Cells
 from utils.expression.pictures import dots_of, marker_columns, marker_plot, principal_plane, scatter_grid
 

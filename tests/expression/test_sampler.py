@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from tests.support.expression_models import BATCHES, CHANNELS, GENES, TIMESTEPS, WIDTH, make_vae, normals
+from tests.support.cells.models import BATCHES, CHANNELS, GENES, TIMESTEPS, WIDTH, make_vae, normals
 from tests.support.processes import with_random_weights
 from utils.diffusion.conditions import ConditionSum, NoCondition
 from utils.diffusion.denoiser import ConditionalDenoiser

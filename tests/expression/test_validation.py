@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from tests.support.expression_models import normals
+from tests.support.cells.models import normals
 from utils.expression.validation import latent_distance
 
 

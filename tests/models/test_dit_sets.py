@@ -3,8 +3,18 @@
 import pytest
 import torch
 
-from tests.support.crystal import SIZES
-from tests.support.sets import CHANNELS, CLOSE, MAX_ATOMS, TINY_DIT, WIDTH, normals, permuted, set_dit, shuffles
+from tests.support.crystals.models import SIZES
+from tests.support.crystals.sets import (
+    CHANNELS,
+    CLOSE,
+    MAX_ATOMS,
+    TINY_DIT,
+    WIDTH,
+    normals,
+    permuted,
+    set_dit,
+    shuffles,
+)
 from utils.diffusion.objectives import OBJECTIVES, training_scheduler
 from utils.models.dit import STYLES, DiT
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.expression_models import SIZE, TIMESTEPS, WIDTH, mlp, normals
+from tests.support.cells.models import SIZE, TIMESTEPS, WIDTH, mlp, normals
 from tests.support.processes import with_random_weights
 from utils.diffusion.denoiser import num_tokens
 from utils.expression.setup import dit_arguments, mlp_arguments

@@ -169,7 +169,7 @@ def test_best_is_the_average_and_can_be_sampled(accelerator, cache, opened, flow
     held_out = hold_out(opened, 12)
 
     def loss_of(model):
-        return sum(validation_losses(accelerator, model, held_out, flow, 32)) / 4
+        return sum(validation_losses(accelerator, model, held_out, flow, batch_size=32)) / 4
 
     pipeline = load_run(uninterrupted / "best")
     assert loss_of(ConditionalDenoiser(pipeline.denoiser, pipeline.conditions)) == pytest.approx(

@@ -150,7 +150,7 @@ def test_fine_tuning_lowers_the_validation_loss(cache, bases, tuned):
     held_out = hold_out(ImageCache(cache), 12)
     objective = OBJECTIVES["flow"](training_scheduler("flow"))
     losses = {
-        name: sum(validation_losses(Accelerator(cpu=True), denoiser_of(path), held_out, objective, 12))
+        name: sum(validation_losses(Accelerator(cpu=True), denoiser_of(path), held_out, objective, batch_size=12))
         for name, path in {"base": bases["none"], "tuned": tuned["none"]}.items()
     }
     assert losses["tuned"] < losses["base"], losses

@@ -36,7 +36,7 @@ from utils.runs.load import RunFolder
 from utils.training import checkpoints, ema
 from utils.training.checkpoints import prune
 from utils.training.ema import SNAPSHOTS
-from utils.training.optimizers import learning_rate_at
+from utils.training.optimizers import LearningRate
 from utils.training.step_log import StepLog
 
 TEXT, CLASS = "train_text_to_image_ldm.py", "train_class_cond_ldm.py"
@@ -139,7 +139,7 @@ def test_killed_and_resumed_is_bit_identical(common, uninterrupted, tmp_path, na
     running = start(script, *flags, "--output_dir", folder, *LATEST, processes=processes)
     running.kill_when(lambda: (folder / "checkpoint-16").exists(), delay=chance.uniform(0, 0.2))
     result = run(script, *flags, "--output_dir", folder, *LATEST, processes=processes)
-    assert f"going on from {folder}/checkpoint-" in result.stderr
+    assert f"resuming from {folder}/checkpoint-" in result.stderr
     assert_identical(folder, expected)
     assert not list(folder.glob(".tmp*"))
     manifest = json.loads((folder / f"checkpoint-{STEPS}" / "manifest.json").read_text())
@@ -174,7 +174,7 @@ def test_learning_rate_is_that_of_the_step(uninterrupted):
     for name in KINDS:
         curve = scalars(uninterrupted(name), "train/learning_rate")
         assert list(curve) == list(range(1, STEPS + 1))
-        expected = [learning_rate_at(step, 1e-3, "cosine", 6, STEPS) for step in range(STEPS)]
+        expected = [LearningRate(1e-3, "cosine", 6, STEPS).at(step) for step in range(STEPS)]
         assert list(curve.values()) == pytest.approx(expected)
         assert curve[6] == pytest.approx(1e-3)
 

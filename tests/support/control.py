@@ -3,6 +3,7 @@
 import torch
 
 from utils.training import control as run_control
+from utils.training.run import Run
 
 
 class OneProcess:
@@ -14,6 +15,11 @@ class OneProcess:
     @staticmethod
     def gather(tensor):
         return tensor
+
+
+def make_control(folder, **settings):
+    """The control of a run of one process in this folder."""
+    return run_control.RunControl(Run(OneProcess(), folder), **settings)
 
 
 class Clock:

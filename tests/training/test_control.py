@@ -7,11 +7,10 @@ import signal
 import pytest
 import torch
 
-from tests.support.control import Clock, OneProcess
+from tests.support.control import Clock, make_control
 from utils.errors import UserError
 from utils.training import control as run_control
-from utils.training.control import RunControl
-from utils.training.optimizers import learning_rate_at
+from utils.training.optimizers import LearningRate
 
 # ---- hours ----------------------------------------------------------------------------------------------------------
 
@@ -19,7 +18,14 @@ from utils.training.optimizers import learning_rate_at
 def trained_steps(clock, folder, hours, steps=None, resumed=False, first_step=0) -> list[tuple[float, float]]:
     """(share of time at the start, time at the end) of each step: 10 s, the first 60 s, and every tenth with 30 s for
     a checkpoint."""
-    control = RunControl(OneProcess(), folder, steps, hours, 20, first_step, is_resumed=resumed)
+    control = make_control(
+        folder,
+        max_train_steps=steps,
+        max_train_hours=hours,
+        max_nonfinite_steps=20,
+        first_step=first_step,
+        is_resumed=resumed,
+    )
     done = []
     for global_step in control.steps():
         share = control.time_share
@@ -66,7 +72,7 @@ def test_schedule_follows_the_clock():
     """The decay starts when four fifths of the hours are spent and ends with them; the warm-up counts steps."""
 
     def rate(step, share, max_train_steps=None):
-        return learning_rate_at(step, 1.0, "constant_with_decay", 10, max_train_steps, share)
+        return LearningRate(1.0, "constant_with_decay", 10, max_train_steps).at(step, share)
 
     assert rate(4, 0.9) == pytest.approx(0.5)
     assert rate(500, 0.5) == 1
@@ -80,7 +86,9 @@ def test_schedule_follows_the_clock():
 
 
 def test_a_signal_ends_the_run_after_its_step_and_its_echo_is_ignored(clock, tmp_path):
-    control = RunControl(OneProcess(), tmp_path, 5, None, 20, 0, is_resumed=False)
+    control = make_control(
+        tmp_path, max_train_steps=5, max_train_hours=None, max_nonfinite_steps=20, first_step=0, is_resumed=False
+    )
     signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGINT)
@@ -91,7 +99,9 @@ def test_a_signal_ends_the_run_after_its_step_and_its_echo_is_ignored(clock, tmp
 
 
 def test_a_second_signal_ends_the_process(clock, tmp_path, monkeypatch):
-    control = RunControl(OneProcess(), tmp_path, 5, None, 20, 0, is_resumed=False)
+    control = make_control(
+        tmp_path, max_train_steps=5, max_train_hours=None, max_nonfinite_steps=20, first_step=0, is_resumed=False
+    )
     signal.raise_signal(signal.SIGTERM)
     control.received_at -= 6
     raised = []
@@ -103,7 +113,9 @@ def test_a_second_signal_ends_the_process(clock, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("grad_norm", [torch.tensor(1.0), None])
 def test_steps_in_a_row_are_counted(clock, tmp_path, grad_norm):
-    control = RunControl(OneProcess(), tmp_path, 50, None, 2, 0, is_resumed=False)
+    control = make_control(
+        tmp_path, max_train_steps=50, max_train_hours=None, max_nonfinite_steps=2, first_step=0, is_resumed=False
+    )
     assert not control.may_step(torch.tensor(math.nan), grad_norm)
     assert control.may_step(torch.tensor(1.0), grad_norm)
     assert not control.may_step(torch.tensor(math.inf), grad_norm)

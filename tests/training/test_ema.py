@@ -18,6 +18,7 @@ from utils.training.ema import (
     reconstruction_weights,
     stored_snapshots,
 )
+from utils.training.run import Run
 
 
 def small_model(dtype=torch.float32):
@@ -50,7 +51,7 @@ def test_average_is_the_recursion(decay):
         if step == 0 and decay > 0.1:  # warm-up: the first step forgets nine tenths of the random start
             assert d == pytest.approx(0.1)
     averaged = small_model()
-    ema.copy_to(averaged)
+    ema.swap(averaged)
     for name, parameter in averaged.named_parameters():
         np.testing.assert_allclose(parameter.detach().numpy(), truth[name], rtol=1e-4, atol=1e-4)
 
@@ -103,14 +104,15 @@ def test_swap_twice_changes_nothing():
 
 
 def test_the_average_is_a_copy():
-    """Moving the weights in place does not move the average, and copy_to does not tie the two."""
+    """Moving the weights in place does not move the average, and a model that is given the average is not tied to it."""
     model = small_model()
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     ema = EMA(model, 0.9)
     move(model, torch.Generator().manual_seed(1))
     assert all(torch.equal(ema.shadow[name], start[name]) for name in start)
-    ema.copy_to(model)
-    move(model, torch.Generator().manual_seed(1))
+    averaged = small_model()
+    averaged.load_state_dict(ema.shadow)
+    move(averaged, torch.Generator().manual_seed(1))
     assert all(torch.equal(ema.shadow[name], start[name]) for name in start)
 
 
@@ -226,7 +228,7 @@ def trajectory(tmp_path):
         history.append(model.weight.detach().double().clone())
         ema.step(step)
         if (step + 1) % 25 == 0:
-            ema.save_snapshots(Accelerator(), tmp_path, step + 1)
+            ema.save_snapshots(Run(Accelerator(), tmp_path), step + 1)
     return tmp_path, torch.stack(history), ema
 
 
@@ -253,7 +255,7 @@ def test_averages_are_the_recursions(trajectory):
 
 def test_snapshots_of_a_past_that_was_given_up_go(trajectory):
     folder, _, ema = trajectory
-    ema.save_snapshots(Accelerator(), folder, 100)
+    ema.save_snapshots(Run(Accelerator(), folder), 100)
     assert {step for step, _, _ in stored_snapshots(folder)} == {25, 50, 75, 100}
 
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.control import OneProcess
+from tests.support.control import make_control
 from utils.errors import UserError
 from utils.plan import instruments as measuring
 from utils.plan.arithmetic import Overheads, planned_steps
 from utils.training import evaluator as evaluation
-from utils.training.control import RunControl
-from utils.training.evaluator import Evaluator, without_improvement
+from utils.training.evaluator import EvaluationSettings, Evaluator, without_improvement
 from utils.training.held_out import hold_out
+from utils.training.run import Run
 
 
 def test_without_improvement():
@@ -31,14 +31,22 @@ def test_without_improvement():
 def rigged(accelerator, opened, flow, monkeypatch, tmp_path):
     """(make(first_step, **settings), evaluate(evaluator, {step: loss})): an Evaluator whose losses are given."""
     losses: dict[int, float] = {}
-    monkeypatch.setattr(evaluation, "validation_losses", lambda *_: [losses["now"]] * 4)
+    monkeypatch.setattr(evaluation, "validation_losses", lambda *_, **__: [losses["now"]] * 4)
 
     def write_model(folder, model, step):
         folder.mkdir()
         save_file({"step": torch.tensor(step)}, folder / "model.safetensors")
 
-    def make(first_step=0, **settings):
-        return Evaluator(accelerator, tmp_path, hold_out(opened, 4), flow, write_model, first_step, 4, **settings)
+    def make(first_step=0, sample_metric=None, **settings):
+        return Evaluator(
+            Run(accelerator, tmp_path),
+            held_out=hold_out(opened, 4),
+            objective=flow,
+            write_model=write_model,
+            first_step=first_step,
+            settings=EvaluationSettings(batch_size=4, **settings),
+            sample_metric=sample_metric,
+        )
 
     def evaluate(evaluator, given):
         for step, loss in given.items():
@@ -135,7 +143,9 @@ def test_a_metric_of_samples_decides(rigged, tmp_path):
 def test_hours_leave_time_for_evaluations(clock, tmp_path):
     """One of 40 s after every seventh step of 10 s, and one after the last."""
     started = clock.now
-    control = RunControl(OneProcess(), tmp_path, None, 0.5, 20, 0, is_resumed=False)
+    control = make_control(
+        tmp_path, max_train_steps=None, max_train_hours=0.5, max_nonfinite_steps=20, first_step=0, is_resumed=False
+    )
     for global_step in control.steps():
         clock.now += 10
         control.may_step(torch.tensor(1.0), torch.tensor(1.0))
@@ -145,7 +155,9 @@ def test_hours_leave_time_for_evaluations(clock, tmp_path):
 
 
 def test_an_early_end_is_an_ordinary_one(clock, tmp_path, caplog):
-    control = RunControl(OneProcess(), tmp_path, 9, None, 20, 0, is_resumed=False)
+    control = make_control(
+        tmp_path, max_train_steps=9, max_train_hours=None, max_nonfinite_steps=20, first_step=0, is_resumed=False
+    )
     caplog.set_level("INFO")
     for global_step in control.steps():
         control.may_step(torch.tensor(1.0), torch.tensor(1.0))

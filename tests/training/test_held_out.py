@@ -95,10 +95,12 @@ def test_the_loss_by_closed_form(accelerator, opened):
     """Of epsilon = noise ~ N(0, 1) predicted as 0 the loss is 1; with x0 as target, the second moment of the latents."""
     held_out = hold_out(opened, 40)
     epsilon = OBJECTIVES["epsilon"](training_scheduler("epsilon"))
-    losses = validation_losses(accelerator, Model(0.0), held_out, epsilon, 16)
+    losses = validation_losses(accelerator, Model(0.0), held_out, epsilon, batch_size=16)
     assert losses == pytest.approx([1] * 4, abs=4 * (2 / (40 * 64)) ** 0.5)
     model = Model(0.0)
-    losses = validation_losses(accelerator, model, held_out, OBJECTIVES["sample"](training_scheduler("sample")), 16)
+    losses = validation_losses(
+        accelerator, model, held_out, OBJECTIVES["sample"](training_scheduler("sample")), batch_size=16
+    )
     moments = opened.gather(held_out.rows)["latents"].double()
     mean, std = (torch.tensor(v).view(1, 4, 1, 1) for v in (opened.normalisation.mean, opened.normalisation.std))
     expected = (((moments[:, 0] - mean) / std).square() + (moments[:, 1] / std).square()).mean().item()
@@ -118,7 +120,7 @@ def test_the_loss_by_hand(accelerator, opened, flow):
             sigma = torch.sigmoid(torch.special.ndtri(uniform)).item()
             prediction = 0.5 * ((1 - sigma) * latents + sigma * noise)
             total[quarter] += (prediction - (noise - latents)).square().mean().item() / 6
-    found = validation_losses(accelerator, Model(0.5), held_out, flow, 4)
+    found = validation_losses(accelerator, Model(0.5), held_out, flow, batch_size=4)
     assert found == pytest.approx(total, rel=1e-5)
 
 
@@ -127,12 +129,12 @@ def test_the_loss_depends_on_nothing_but_the_weights(accelerator, opened, flow):
     held_out = hold_out(opened, 12)
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = validation_losses(accelerator, Model(0.5), held_out, flow, 5)
+    first = validation_losses(accelerator, Model(0.5), held_out, flow, batch_size=5)
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(2)
-    assert validation_losses(accelerator, Model(0.5), held_out, flow, 5) == first
-    assert validation_losses(accelerator, Model(0.5), held_out, flow, 12) == pytest.approx(first, rel=1e-6)
-    assert validation_losses(accelerator, Model(0.4), held_out, flow, 5) != first
+    assert validation_losses(accelerator, Model(0.5), held_out, flow, batch_size=5) == first
+    assert validation_losses(accelerator, Model(0.5), held_out, flow, batch_size=12) == pytest.approx(first, rel=1e-6)
+    assert validation_losses(accelerator, Model(0.4), held_out, flow, batch_size=5) != first
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------

@@ -5,12 +5,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from tests.support.expression_models import ADAMW, make_vae, mlp
+from tests.support.cells.models import ADAMW, make_vae, mlp
 from utils.diffusion.conditions import NoCondition
 from utils.diffusion.denoiser import ConditionalDenoiser, JointDenoiser
 from utils.errors import UserError
 from utils.training.checkpoints import Checkpoints
-from utils.training.optimizers import LR_SCHEDULES, learning_rate_at, make_optimizer, set_learning_rate
+from utils.training.optimizers import LR_SCHEDULES, LearningRate, make_optimizer, set_learning_rate
+from utils.training.run import Run
 
 
 def moved(model: nn.Module, optimizer) -> dict[str, float]:
@@ -33,8 +34,8 @@ def test_a_learning_rate_of_its_own(schedule):
     ]
     for model, prefix, own in cases:
         for step in (0, 3, 15):
-            optimizer = make_optimizer(model, 1e-3, *ADAMW, own={prefix: own})
-            rate = learning_rate_at(step, 1e-3, schedule, 5, 20)
+            optimizer = make_optimizer(model, **ADAMW, own={prefix: own})
+            rate = LearningRate(1e-3, schedule, 5, 20).at(step)
             set_learning_rate(optimizer, rate)
             assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate, rate * own["lr_scale"]])
             weights = dict(model.named_parameters())
@@ -49,7 +50,7 @@ def test_a_learning_rate_of_its_own(schedule):
 
 def test_muon_has_one_learning_rate():
     with pytest.raises(UserError, match="log_theta has a learning rate of its own; use adamw"):
-        make_optimizer(make_vae(), 1e-3, *ADAMW, name="muon", own={"log_theta": {"lr_scale": 2.0}})
+        make_optimizer(make_vae(), **ADAMW, name="muon", own={"log_theta": {"lr_scale": 2.0}})
 
 
 def test_a_run_that_goes_on_takes_the_learning_rates_of_its_flags(tmp_path):
@@ -57,9 +58,9 @@ def test_a_run_that_goes_on_takes_the_learning_rates_of_its_flags(tmp_path):
     rates = []
     for scale in (10.0, 3.0):
         accelerator, model = Accelerator(cpu=True), nn.ModuleDict({"a": nn.Linear(2, 2), "vae": nn.Linear(2, 2)})
-        optimizer = make_optimizer(model, 1e-3, *ADAMW, own={"vae.": {"lr_scale": scale}})
+        optimizer = make_optimizer(model, **ADAMW, own={"vae.": {"lr_scale": scale}})
         model, optimizer = accelerator.prepare(model, optimizer)
-        saver = Checkpoints(accelerator, tmp_path, model, optimizer, None, {}, 3)
+        saver = Checkpoints(Run(accelerator, tmp_path), model, optimizer, None, identity={}, keep=3)
         if scale == 3.0:
             assert saver.resume("latest") == 1
             assert optimizer.state_dict()["state"]

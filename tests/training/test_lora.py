@@ -194,7 +194,7 @@ def test_only_adapters_and_conditions_are_trained(kind, condition):
     assert moving == {name for name, _ in denoiser.named_parameters() if ".lora_" in name or "conditions." in name}
     ema = EMA(denoiser, 0.5)
     assert ema.shadow.keys() == moving
-    optimizer = make_optimizer(denoiser, 1e-2, (0.9, 0.99), 0.1, 1e-8)
+    optimizer = make_optimizer(denoiser, learning_rate=1e-2, betas=(0.9, 0.99), weight_decay=0.1, epsilon=1e-8)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(moving)
     for step in range(2):
         predict(denoiser).square().mean().backward()
@@ -214,7 +214,10 @@ def test_adapters_learn_new_data():
     images = torch.randn(4, 4, 8, 8)
 
     def train(denoiser, shown, steps):
-        optimizer, losses = make_optimizer(denoiser, 1e-2, (0.9, 0.99), 0.0, 1e-8), []
+        optimizer, losses = (
+            make_optimizer(denoiser, learning_rate=1e-2, betas=(0.9, 0.99), weight_decay=0.0, epsilon=1e-8),
+            [],
+        )
         for _ in range(steps):
             labels = torch.randint(len(shown), (16,))
             noise, timesteps = torch.randn(16, 4, 8, 8), objective.sample_timesteps(torch.rand(16))
@@ -343,7 +346,7 @@ def test_a_new_condition_starts_as_none(kind, has, new, rank):
     torch.testing.assert_close(predict(denoiser, dropped=True), expected, rtol=0, atol=1e-6)
     moving = {name: each for name, each in denoiser.named_parameters() if each.requires_grad}
     assert all(any(name.startswith(f"model.{module}.") for name in moving) for module in new)
-    optimizer = make_optimizer(denoiser, 1e-2, (0.9, 0.99), 0.0, 1e-8)
+    optimizer = make_optimizer(denoiser, learning_rate=1e-2, betas=(0.9, 0.99), weight_decay=0.0, epsilon=1e-8)
     start = {name: each.detach().clone() for name, each in moving.items()}
     for _ in range(3):
         (predict(denoiser) * torch.tensor([-1.0, 0.5, 1.0])[:, None, None, None]).sum().backward()

@@ -22,9 +22,9 @@ from utils.models.unet import build_unet, unet_config
 from utils.training.optimizers import (
     LR_SCHEDULES,
     OPTIMIZERS,
+    LearningRate,
     clip_grad_norm_,
     hidden_matrices,
-    learning_rate_at,
     make_optimizer,
     set_learning_rate,
 )
@@ -270,10 +270,10 @@ def test_a_loaded_state_goes_on_exactly(prepared, tmp_path):
 def test_identity_names_the_optimizer():
     from utils.training.setup import identity_of
 
-    accelerator = SimpleNamespace(num_processes=1)
+    run = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1))
     args = parsed("--use_8bit_adam")
     args.train_batch_size = args.gradient_accumulation_steps = 1
-    assert identity_of(args, nn.Linear(1, 1), "data", accelerator)["optimizer"] == "adamw_8bit"
+    assert identity_of(args, run, nn.Linear(1, 1), "data")["optimizer"] == "adamw_8bit"
 
 
 # ---- clipping
@@ -343,14 +343,14 @@ def test_learning_rate_is_diffusers(schedule, warmup_steps):
         expected = truth[step + 1] if step < warmup_steps else truth[step]
         if step + 1 == warmup_steps:
             expected = peak
-        assert learning_rate_at(step, peak, schedule, warmup_steps, total) == pytest.approx(
+        assert LearningRate(peak, schedule, warmup_steps, total).at(step) == pytest.approx(
             expected, rel=1e-9, abs=1e-15
         )
 
 
 def test_constant_with_decay():
     """Constant for four fifths, then a straight line to zero (arXiv 2405.18392, section 3)."""
-    rates = [learning_rate_at(step, 1.0, "constant_with_decay", 0, 100) for step in range(101)]
+    rates = [LearningRate(1.0, "constant_with_decay", 0, 100).at(step) for step in range(101)]
     assert rates[:81] == pytest.approx([1.0] * 81)
     assert rates[80:101] == pytest.approx([1 - i / 20 for i in range(21)])
 
@@ -359,7 +359,7 @@ def test_constant_with_decay():
 @pytest.mark.parametrize("warmup_steps", [0, 5, 100, 500])
 def test_learning_rate_stays_in_range(schedule, warmup_steps):
     """Every step has a rate in (0, peak], the warm-up rises, and a warm-up longer than the run is only a warm-up."""
-    rates = [learning_rate_at(step, 2e-4, schedule, warmup_steps, 100) for step in range(100)]
+    rates = [LearningRate(2e-4, schedule, warmup_steps, 100).at(step) for step in range(100)]
     assert all(0 < rate <= 2e-4 * (1 + 1e-12) for rate in rates)
     assert rates[:warmup_steps] == pytest.approx(
         [2e-4 * (i + 1) / warmup_steps for i in range(min(warmup_steps, 100))]

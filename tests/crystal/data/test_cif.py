@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.support.crystal_data import STRUCTURES, cif, crystal_of, same, tensor_row, write_parquet
+from tests.support.crystals.data import STRUCTURES, cif, crystal_of, same, tensor_row, write_parquet
 from tests.support.processes import ROOT
 from utils.crystal.data import cif as crystal_cif
 from utils.crystal.data.cif import crystal_of_cif, parse_row, parse_rows

@@ -10,8 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.support.crystal import SIZES, batch_of, crystals
-from tests.support.crystal_data import (
+from tests.support.crystals.data import (
     CRYSTALS,
     STRUCTURES,
     brute_distances,
@@ -27,7 +26,8 @@ from tests.support.crystal_data import (
     write_csv,
     write_parquet,
 )
-from tests.support.sets import MAX_ATOMS
+from tests.support.crystals.models import SIZES, batch_of, crystals
+from tests.support.crystals.sets import MAX_ATOMS
 from utils.crystal.data.table import column_array, load_crystals, make_table, translated
 from utils.crystal.structure import Crystal, formula_of, pair_distances, volume
 from utils.draws import SampleDraws

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import evaluate as script
+from tests.support.crystals.random_runs import export_run
 from tests.support.data import DATA
 from tests.support.processes import refused, run
-from tests.support.random_crystal_runs import export_run
 from utils.crystal.data.table import load_crystals
 from utils.crystal.files import save_crystals
 from utils.crystal.pipeline import CrystalPipeline

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.support.known_crystals import GARBAGE, NACL, NACL_IN_CSCL, NEEDLE, SRTIO3, cubes, rotated, supercell
+from tests.support.crystals.known import GARBAGE, NACL, NACL_IN_CSCL, NEEDLE, SRTIO3, cubes, rotated, supercell
 from utils.crystal.evaluation import metrics as metrics_crystals
 from utils.crystal.structure import Crystal, parse_formula
 from utils.errors import UserError

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import sample as script
-from tests.support.crystal_runs import CACHE, CONDITIONS, LDM, MAX_ATOMS, TRAIN_LDM, TRAIN_VAE, VAE, rows_of_crystals
+from tests.support.crystals.random_runs import GAP, export_run, make_denoiser, make_pipeline, words
+from tests.support.crystals.runs import CACHE, CONDITIONS, LDM, MAX_ATOMS, TRAIN_LDM, TRAIN_VAE, VAE, rows_of_crystals
 from tests.support.models import DIT_CONFIG
 from tests.support.processes import run
-from tests.support.random_crystal_runs import GAP, export_run, make_denoiser, make_pipeline, words
 from utils.crystal.files import read_samples
 from utils.crystal.pipeline import load_run
 from utils.crystal.structure import Crystal

@@ -6,7 +6,7 @@ import sys
 import pytest
 import yaml
 
-from tests.support.crystal_runs import BASE, CACHE, LDM, VAE
+from tests.support.crystals.runs import BASE, CACHE, LDM, VAE
 from tests.support.processes import ROOT, run
 from utils.models.dit import DiT
 

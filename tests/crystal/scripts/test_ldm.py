@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from tests.support.crystal_runs import (
+from tests.support.crystals.runs import (
     BASE,
     CACHE,
     CONDITIONS,
@@ -177,7 +177,7 @@ def test_killed_and_resumed_denoiser_is_bit_identical(ldm_flags, evaluated, cond
         running = start(LDM, *flags, fault=fault)
         assert running.wait_for_kill(), (fault, running.wait().stderr)
         assert not (folder / "model_index.json").exists()
-    assert "going on from" in run(LDM, *flags).stderr
+    assert "resuming from" in run(LDM, *flags).stderr
     found = checkpoint_tensors(folder, 8)
     assert len(found) > 50
     assert differing(found, checkpoint_tensors(expected, 8)) == []

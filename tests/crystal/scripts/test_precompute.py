@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from tests.support.crystal_runs import CACHE, MAX_ATOMS, NUM_TRAIN, cache_args, encoded, other_vae, rows_of_crystals
+from tests.support.crystals.runs import CACHE, MAX_ATOMS, NUM_TRAIN, cache_args, encoded, other_vae, rows_of_crystals
 from tests.support.processes import SignalAt, contents, refused, run, snapshot, start
 from utils.crystal.cache import SetCache, describe_condition
 from utils.crystal.codec import load_crystal_vae

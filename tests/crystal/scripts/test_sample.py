@@ -13,8 +13,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 import sample as script
-from tests.support.processes import refused, run
-from tests.support.random_crystal_runs import (
+from tests.support.crystals.random_runs import (
     COLUMNS,
     GAP,
     MAX_ATOMS,
@@ -29,6 +28,7 @@ from tests.support.random_crystal_runs import (
     sizes,
     words,
 )
+from tests.support.processes import refused, run
 from utils.args.sampling import SCHEDULERS
 from utils.crystal.data.table import load_crystals
 from utils.crystal.files import read_samples
@@ -39,6 +39,7 @@ from utils.diffusion.sampling import FLOW_SAMPLERS, SAMPLERS
 from utils.errors import UserError
 from utils.training.checkpoints import Checkpoints
 from utils.training.ema import EMA
+from utils.training.run import Run
 
 for package in ("pymatgen", "spglib"):
     pytest.importorskip(package)
@@ -265,7 +266,7 @@ def test_a_weaker_model_guides(sample, runs):
     early = make_denoiser(COLUMNS, seed=2)
     accelerator = Accelerator(cpu=True)
     early, optimizer = accelerator.prepare(early, torch.optim.SGD(early.parameters(), 0.1))
-    Checkpoints(accelerator, runs / "asked", early, optimizer, None, {}, 1).save(3)
+    Checkpoints(Run(accelerator, runs / "asked"), early, optimizer, None, identity={}, keep=1).save(3)
     checkpoint = runs / "asked" / "checkpoint-3"
     assert_same(sample("asked", num_samples=2, guide_model=checkpoint), guided)
     assert_same(sample("asked/checkpoint-3", num_samples=2), sample("weak", num_samples=2))
@@ -278,7 +279,7 @@ def test_an_average_made_of_snapshots(sample, runs):
     for step in range(8):
         randomise(model, step)
         ema.step(step)
-        ema.save_snapshots(accelerator, runs / "averaged", step + 1)
+        ema.save_snapshots(Run(accelerator, runs / "averaged"), step + 1)
     found = sample("averaged", num_samples=2, ema_sigma_rel=0.1)
     make_run(runs / "expected", {})
     model.load_state_dict(model.state_dict() | ema.shadows[2])

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.support.random_crystal_runs import COLUMNS, GAP, SYSTEM, export_run, make_denoiser, make_run, sizes
+from tests.support.crystals.random_runs import COLUMNS, GAP, SYSTEM, export_run, make_denoiser, make_run, sizes
 from utils.crystal.pipeline import load_run
 from utils.errors import UserError
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.crystal_runs import LATEST, MAX_ATOMS, NUM_CRYSTALS, NUM_TRAIN, TRAIN_VAE, VAE, encoded
+from tests.support.crystals.runs import LATEST, MAX_ATOMS, NUM_CRYSTALS, NUM_TRAIN, TRAIN_VAE, VAE, encoded
 from tests.support.processes import SignalAt, checkpoint_tensors, contents, differing, refused, run, scalars, start
 from utils.crystal.codec import load_crystal_vae
 from utils.crystal.data.table import load_crystals
@@ -62,7 +62,7 @@ def test_killed_and_resumed_autoencoder_is_bit_identical(dataset, vae_run, tmp_p
         running = start(VAE, *flags, fault=fault)
         assert running.wait_for_kill(), running.wait().stderr
         assert not (tmp_path / "run" / "vae").exists()
-    assert "going on from" in run(VAE, *flags).stderr
+    assert "resuming from" in run(VAE, *flags).stderr
     for step in (4, 6):
         found = checkpoint_tensors(tmp_path / "run", step)
         assert len(found) > 200

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.crystal import SIZES, TINY_VAE, batch_of, crystals, perfect
-from tests.support.sets import CHANNELS, CLOSE, MAX_ATOMS, normals, permuted, shuffles
+from tests.support.crystals.models import SIZES, TINY_VAE, batch_of, crystals, perfect
+from tests.support.crystals.sets import CHANNELS, CLOSE, MAX_ATOMS, normals, permuted, shuffles
 from utils.crystal.vae.network import CRYSTAL_VAE_SIZES, CrystalVAE, reconstruction_losses, scaled_lengths
 
 # ---- padding ---------------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from tests.support.expression import LOGGED, counts, make, opened
-from tests.support.pbmc import write_pbmc68k
+from tests.support.cells.data import LOGGED, counts, make, opened
+from tests.support.cells.pbmc import write_pbmc68k
 
 
 @pytest.fixture(autouse=True)

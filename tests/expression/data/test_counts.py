@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.sparse import csc_matrix, csr_matrix
 
-from tests.support.expression import counts, make, opened, refused, whole, with_layers
-from tests.support.pbmc import DECIMALS, pbmc68k, recovered_counts
+from tests.support.cells.data import counts, make, opened, refused, whole, with_layers
+from tests.support.cells.pbmc import DECIMALS, pbmc68k, recovered_counts
 from utils.expression.data import counts as data_counts
 
 anndata = pytest.importorskip("anndata")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from tests.support.expression import all_rows, by_scanpy, counts, make, opened, said
+from tests.support.cells.data import all_rows, by_scanpy, counts, make, opened, said
 from utils.expression.data.genes import FLAVORS, choose_genes, find_genes
 from utils.expression.data.source import open_cells
 from utils.expression.data.table import read_table, stratified_split

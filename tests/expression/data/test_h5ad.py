@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.sparse import csc_matrix, csr_matrix
 
-from tests.support.expression import changed, make, said, set_first
+from tests.support.cells.data import changed, make, said, set_first
 from tests.support.processes import ROOT
 from utils.expression.data.genes import choose_genes
 from utils.expression.data.h5ad import column_array, write_h5ad

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.sparse import csc_matrix, csr_matrix, random_array
 
-from tests.support.expression import LAYOUTS, all_rows, counts, make, opened, refused, whole, with_layers
+from tests.support.cells.data import LAYOUTS, all_rows, counts, make, opened, refused, whole, with_layers
 from utils.expression.data import counts as data_counts
 from utils.expression.data import source as data_cells
 from utils.expression.data.source import open_cells

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from tests.support.expression import GENES, make, said
+from tests.support.cells.data import GENES, make, said
 from utils.expression.data import source as data_cells
 from utils.expression.data import store as data_store
 from utils.expression.data.source import open_cells

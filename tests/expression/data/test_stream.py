@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.expression_models import CELLS, small_table, table_of
+from tests.support.cells.models import CELLS, small_table, table_of
 from utils.expression.data import stream as expression_stream
 from utils.expression.data.stream import CellStream, gene_shares, theta_of_moments
 from utils.expression.vae.likelihoods import LIKELIHOODS, MAX_THETA

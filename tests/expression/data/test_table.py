@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from tests.support.expression import FACS, GENES, by_scanpy, needs_real_data, said
+from tests.support.cells.data import FACS, GENES, by_scanpy, needs_real_data, said
 from utils.expression.data.genes import choose_genes, find_genes
 from utils.expression.data.source import open_cells
 from utils.expression.data.table import CellTable, apportioned, check_labels, read_table, stratified_split

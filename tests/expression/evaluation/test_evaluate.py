@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import evaluate as script
-from tests.support.expression_evaluation import (
+from tests.support.cells.evaluation import (
     BESIDE,
     NUM_GENES,
     NUM_TEST,
@@ -27,7 +27,7 @@ from tests.support.expression_evaluation import (
     words,
     write_samples,
 )
-from tests.support.pbmc import pbmc68k
+from tests.support.cells.pbmc import pbmc68k
 from tests.support.processes import refused, run
 from utils.errors import UserError
 from utils.expression.data.h5ad import write_h5ad

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.support.typed_cells import control, real, relabelled
+from tests.support.cells.typed import control, real, relabelled
 from utils.expression.evaluation.judge import Classifier
 
 

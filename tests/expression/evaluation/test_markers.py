@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.support.typed_cells import KINDS, NUM_GENES, draw, real
+from tests.support.cells.typed import KINDS, NUM_GENES, draw, real
 from utils.expression.evaluation import markers as metrics_markers
 from utils.expression.evaluation.markers import marker_figures
 

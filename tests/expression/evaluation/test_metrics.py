@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.typed_cells import KINDS, all_figures, control, control_figures, draw, pbmc, real, relabelled
+from tests.support.cells.typed import KINDS, all_figures, control, control_figures, draw, pbmc, real, relabelled
 from utils.errors import UserError
 from utils.expression.evaluation import metrics as metrics_expression
 from utils.expression.evaluation.judge import Classifier, train_on_synthetic_test_on_real

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from tests.support.typed_cells import control, real, relabelled
+from tests.support.cells.typed import control, real, relabelled
 from utils.errors import UserError
 from utils.expression.evaluation.judge import Classifier, train_on_synthetic_test_on_real
 from utils.expression.evaluation.markers import marker_figures

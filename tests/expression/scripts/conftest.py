@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import sample as sample_script
-from tests.support.expression_runs import (
+from tests.support.cells.pbmc import write_pbmc68k
+from tests.support.cells.runs import (
     CELLS,
     CONDITIONS,
     GENES,
@@ -21,7 +22,6 @@ from tests.support.expression_runs import (
     make_caches,
 )
 from tests.support.models import DIT_CONFIG
-from tests.support.pbmc import write_pbmc68k
 from tests.support.processes import run
 from utils.expression.data.h5ad import write_h5ad
 

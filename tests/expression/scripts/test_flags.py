@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.expression_runs import BASE, CACHE, LDM, VAE
+from tests.support.cells.runs import BASE, CACHE, LDM, VAE
 from tests.support.processes import run
 
 anndata = pytest.importorskip("anndata")

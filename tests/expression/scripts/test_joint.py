@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.expression_runs import (
+from tests.support.cells.runs import (
     BASE,
     CACHE,
     CELLS,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.expression_runs import BASE, CONDITIONS, GENES, LATEST, LDM, NUM_TRAIN, check_killed, without
+from tests.support.cells.runs import BASE, CONDITIONS, GENES, LATEST, LDM, NUM_TRAIN, check_killed, without
 from tests.support.processes import checkpoint_tensors, contents, differing, refused, run, scalars, snapshot
 from utils.draws import SampleDraws, StreamOrder
 from utils.expression.cache import VectorCache

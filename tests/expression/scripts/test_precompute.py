@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.expression_runs import CACHE, NUM_TRAIN, NUM_VAL, cache_flags, split_of
+from tests.support.cells.runs import CACHE, NUM_TRAIN, NUM_VAL, cache_flags, split_of
 from tests.support.processes import SignalAt, contents, refused, run, snapshot, start
 from utils.draws import SampleDraws
 from utils.expression import precompute

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.support.expression_runs import (
+from tests.support.cells.runs import (
     BASE,
     CACHE,
     CELLS,

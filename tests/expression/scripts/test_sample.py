@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from tests.support.expression_runs import GENES, LDM, NUM_TRAIN, SAMPLE, TRAIN_LDM, split_of
+from tests.support.cells.runs import GENES, LDM, NUM_TRAIN, SAMPLE, TRAIN_LDM, split_of
 from tests.support.processes import refused, run
 from utils.expression.data.source import open_cells
 from utils.expression.pipeline import load_columns, load_run

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.expression_runs import (
+from tests.support.cells.runs import (
     CACHE,
     CELLS,
     GENES,
@@ -113,7 +113,7 @@ def test_killed_and_resumed_autoencoder_is_bit_identical(data, vae_run, tmp_path
         running = start(VAE, *flags, fault=fault)
         assert running.wait_for_kill(), running.wait().stderr
         assert not (tmp_path / "run" / "vae").exists()
-    assert "going on from" in run(VAE, *flags).stderr
+    assert "resuming from" in run(VAE, *flags).stderr
     for step in (4, 6):
         found = checkpoint_tensors(tmp_path / "run", step)
         assert len(found) > 60

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import chisquare, nbinom, norm
 
-from tests.support.expression_models import COUNTS, MUS, THETAS, grid, log_prob, parameters_of
+from tests.support.cells.models import COUNTS, MUS, THETAS, grid, log_prob, parameters_of
 from utils.expression.vae.likelihoods import LIKELIHOODS, MAX_THETA, MIN_STD, MIN_THETA, CountParameters
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.expression_models import BATCHES, CELLS, CHANNELS, GENES, NAMES, make_vae, normals, small_table
+from tests.support.cells.models import BATCHES, CELLS, CHANNELS, GENES, NAMES, make_vae, normals, small_table
 from utils.expression.data.stream import cell_batch
 from utils.expression.vae.likelihoods import LIKELIHOODS
 from utils.expression.vae.network import ExpressionVAE

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from scipy.stats import norm
 from torch import nn
 
-from tests.support.expression_models import CELLS, CHANNELS, make_vae, normals, small_table
+from tests.support.cells.models import CELLS, CHANNELS, make_vae, normals, small_table
 from utils.expression.data.stream import cell_batch, theta_of_moments
 from utils.expression.vae.likelihoods import LIKELIHOODS
 from utils.expression.vae.network import ExpressionVAE

@@ -183,7 +183,7 @@ def test_killed_and_resumed_with_a_discriminator_is_bit_identical(flags, tmp_pat
         running = start(SCRIPT, *flags, "--output_dir", folder, *LATEST, processes=processes, fault=fault)
         assert running.wait_for_kill(), running.wait().stderr
     result = run(SCRIPT, *flags, "--output_dir", folder, *LATEST, processes=processes)
-    assert "going on from" in result.stderr
+    assert "resuming from" in result.stderr
     found = checkpoint_tensors(folder, 8)
     assert {name.partition("/")[0] for name in found} >= {"model_1.safetensors", "optimizer_1.bin"}
     assert differing(found, checkpoint_tensors(tmp_path / "whole", 8)) == []

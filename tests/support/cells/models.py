@@ -12,7 +12,7 @@ from utils.models.vector_mlp import VectorMLP
 
 GENES, CHANNELS, CELLS = 12, 3, 40
 NAMES = [f"G{i}" for i in range(GENES)]
-ADAMW = ((0.9, 0.999), 0.01, 1e-12)  # betas, weight decay, epsilon
+ADAMW = {"learning_rate": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.01, "epsilon": 1e-12}
 
 
 def normals(*shape: int, seed: int = 0) -> Tensor:

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.support.sets import CHANNELS, WIDTH
+from tests.support.crystals.sets import CHANNELS, WIDTH
 from utils.crystal.data.table import crystal_batch, make_table
 from utils.crystal.files import save_crystals
 from utils.crystal.structure import MAX_ATOMIC_NUMBER, Crystal, cell_matrix, to_structure

@@ -74,7 +74,7 @@ def check_killed(flags, expected, folder, seed):
         running = start(LDM, *flags, fault=fault)
         assert running.wait_for_kill(), (fault, running.wait().stderr)
         assert not (folder / "model_index.json").exists()
-    assert "going on from" in run(LDM, *flags).stderr
+    assert "resuming from" in run(LDM, *flags).stderr
     found = checkpoint_tensors(folder, 8)
     assert len(found) > 50
     assert differing(found, checkpoint_tensors(expected, 8)) == []
