@@ -5,15 +5,14 @@ tests/support/old_runs/NAME.tar.xz holds NAME/cache and NAME/run: 4 steps, of wh
 """
 
 import json
-import shutil
-import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.processes import ROOT, run
+from tests.support.processes import run
+from tests.support.runs import unpack_old_run
 
 CONDITIONS = {"crystal": ["--condition", "composition"], "expression": ["--condition", "class:cell_type"]}
 TRAINERS = {
@@ -48,14 +47,7 @@ def old(request, tmp_path) -> tuple[str, Path]:
         pytest.importorskip("pymatgen.core")
     if request.param == "expression":
         pytest.importorskip("anndata")
-    with tarfile.open(ROOT / "tests" / "support" / "old_runs" / f"{request.param}.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
-    folder = tmp_path / request.param
-    spec = json.loads((folder / "cache" / "latent_spec.json").read_text())
-    shutil.copytree(folder / "run" / "vae", folder / "vae")
-    spec["vae"] = str(folder)
-    (folder / "cache" / "latent_spec.json").write_text(json.dumps(spec))
-    return request.param, folder
+    return request.param, unpack_old_run(request.param, tmp_path)
 
 
 def test_an_old_run_is_sampled_and_resumed(old, tmp_path):

@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 
 from tests.support.models import FSDP
 from tests.support.processes import ENVIRONMENT, ROOT, SignalAt, contents, refused, run, scalars, start
+from tests.support.runs import unpack_old_run
 from utils.files import fsync_path
 from utils.training import checkpoints
 from utils.training.step_log import StepLog
 
 SCRIPT = "train_class_cond_ldm.py"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 CONFIG = ROOT / "configs" / "accelerate" / "cpu_fsdp2.yaml"
 
@@ -133,3 +135,41 @@ def test_engines_do_not_go_on_with_each_other(divided, flags):
     arguments = [*flags, "--output_dir", divided, "--resume_from_checkpoint", "latest"]
     line = refused(run(SCRIPT, *arguments, processes=2, check=False))
     assert "FSDP = True" in line
+
+
+@pytest.mark.parametrize(
+    ("modality", "condition", "shown"),
+    [
+        ("crystal", "composition", ["--num_validation_crystals", 1]),
+        ("expression", "class:cell_type", ["--num_validation_cells", 4]),
+    ],
+)
+def test_other_modalities_train_divided_as_they_do_whole(modality, condition, shown, tmp_path):
+    """Crystals by a DiT, cells by blocks of another name than the configuration's: the losses of DDP, and a model that
+    is sampled."""
+    pytest.importorskip({"crystal": "pymatgen.core", "expression": "anndata"}[modality])
+    cache = unpack_old_run(modality, tmp_path) / "cache"
+    heads = {"num_attention_heads": 2} if modality == "crystal" else {}
+    (tmp_path / "model.json").write_text(json.dumps({"num_layers": 2, "hidden_size": 16} | heads))
+    flags = [
+        *("--latents_dir", cache, "--condition", condition, "--model_config", tmp_path / "model.json", *shown),
+        *("--max_train_steps", 4, "--train_batch_size", 4, "--learning_rate", 1e-3, "--lr_warmup_steps", 2),
+        *("--logging_steps", 1, "--adam_epsilon", 1e-4, "--validation_inference_steps", 1),
+    ]
+    losses = {}
+    for name, environment in (("whole", {}), ("divided", FSDP)):
+        run(f"train_{modality}_ldm.py", *flags, "--output_dir", tmp_path / name, processes=2, environment=environment)
+        losses[name] = list(scalars(tmp_path / name, "train/loss").values())
+    assert len(losses["divided"]) == 4
+    assert losses["divided"] == pytest.approx(losses["whole"], rel=1e-4)
+    ours, theirs = (load_file(tmp_path / name / "transformer" / WEIGHTS) for name in ("divided", "whole"))
+    assert ours.keys() == theirs.keys()
+    run("sample.py", "--model", tmp_path / "divided", "--num_inference_steps", 2, "--num_samples", 1,
+        "--output_dir", tmp_path / "samples")  # fmt: skip
+    assert list((tmp_path / "samples").iterdir())
+
+
+def test_a_joint_run_is_not_divided(tmp_path):
+    pytest.importorskip("anndata")
+    flags = ["--latents_dir", tmp_path, "--joint_vae", "--dataset_name", "x.h5ad", "--output_dir", tmp_path / "run"]
+    assert "--joint_vae under FSDP" in refused(run("train_expression_ldm.py", *flags, check=False, environment=FSDP))

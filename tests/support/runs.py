@@ -1,7 +1,14 @@
-"""Whether two runs are the same to the bit."""
+"""Runs that are compared to the bit, and runs that were made before."""
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+
+from tests.support.processes import ROOT
 
 STEPS = 24  # of the runs that are compared
 LATEST = ["--resume_from_checkpoint", "latest"]
@@ -28,3 +35,14 @@ def assert_identical(folder, expected) -> None:
     assert len(ours) > 50
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def unpack_old_run(modality: str, folder: Path) -> Path:
+    """NAME/cache and NAME/run of tests/support/old_runs; the VAE of the cache is a copy of the run's, in NAME/vae."""
+    with tarfile.open(ROOT / "tests" / "support" / "old_runs" / f"{modality}.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    unpacked = folder / modality
+    shutil.copytree(unpacked / "run" / "vae", unpacked / "vae")
+    spec = json.loads((unpacked / "cache" / "latent_spec.json").read_text())
+    (unpacked / "cache" / "latent_spec.json").write_text(json.dumps(spec | {"vae": str(unpacked)}))
+    return unpacked
