@@ -1,6 +1,5 @@
 """Small tensor operations that hold for latents of any rank: grids (B, C, H, W), sets (B, N, D), vectors (B, D)."""
 
-import torch
 from torch import Tensor
 
 
@@ -31,8 +30,3 @@ def masked_mean(values: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     weights = append_dims(attention_mask.to(values.dtype), values.ndim)  # (B, N, 1, ...)
     elements_per_item = values[0, 0].numel()
     return (values * weights).flatten(1).sum(dim=1) / (attention_mask.sum(dim=1) * elements_per_item).clamp(min=1)
-
-
-def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether every element of every tensor is finite."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

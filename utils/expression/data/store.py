@@ -5,7 +5,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -25,14 +25,6 @@ class StoredCounts(NamedTuple):
     counts: csr_matrix  # (R, G) fp32
     library_sizes: np.ndarray  # (R,) float64
     rows: np.ndarray  # (R,) int64, in the source
-
-
-class Growing(Protocol):
-    """A one-dimensional array that grows at its end."""
-
-    def append(self, values: np.ndarray) -> None: ...
-
-    def finish(self) -> np.ndarray: ...
 
 
 class GrowingList:
