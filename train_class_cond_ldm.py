@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
     denoiser = image.make_denoiser(args, run, cache, condition)
     exporter = image.make_exporter(args, cache, scheduler, condition)
     labels, label_names = image.validation_labels(args, cache.spec.labels), (cache.spec.labels or {}).get("names")
-    grids = validation.Grids(run, exporter, **image.grid_settings(args))
+    grids = validation.Grids(run, exporter, num_images=args.num_validation_images, **setup.validation_sampling(args))
     sample_distance = image.make_sample_distance(args, run, exporter, held_out, condition)
     num_rows = cache.spec.num_rows - (args.num_validation_samples or 0)  # that are trained on
 
@@ -143,11 +143,11 @@ def main(args: argparse.Namespace) -> None:
     step_log.close()  # and says how the run ended
 
     # Export
-    run.accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
     with averaged_weights(run, model, ema) as averaged:
         if run.is_main and not control.interrupted:
             exporter.write(run.folder, averaged, control.steps_done)
-    run.accelerator.end_training()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

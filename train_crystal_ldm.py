@@ -53,7 +53,9 @@ def main(args: argparse.Namespace) -> None:
     objective, scheduler = setup.make_objective(args, run.device, args.learned_variance)
     denoiser = crystal.build_set_denoiser(args, cache)
     exporter = crystal.make_exporter(args, cache, scheduler)
-    samples = CrystalSamples(run, exporter, cache, **crystal.sample_settings(args))
+    samples = CrystalSamples(
+        run, exporter, cache, num_crystals=args.num_validation_crystals, **setup.validation_sampling(args)
+    )
     num_rows = cache.spec.num_rows - (args.num_validation_samples or 0)  # that are trained on
 
     # Prepare
@@ -130,11 +132,11 @@ def main(args: argparse.Namespace) -> None:
     step_log.close()  # and says how the run ended
 
     # Export
-    run.accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
     with averaged_weights(run, model, ema) as averaged:
         if run.is_main and not control.interrupted:
             exporter.write(run.folder, averaged, control.steps_done)
-    run.accelerator.end_training()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

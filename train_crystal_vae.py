@@ -118,13 +118,13 @@ def main(args: argparse.Namespace) -> None:
     step_log.close()  # and says how the run ended
 
     # Export
-    run.accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
     if run.is_main and not control.interrupted:
         with averaged_weights(run, model, ema):
             figures = figures or reconstructions.run(model, first_step)  # of a run that had no step left
             statistics = crystal_training.measure_latents(model, data.train)
             crystal_training.save_vae(model, statistics, figures, run.folder / "vae")
-    run.accelerator.end_training()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

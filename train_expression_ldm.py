@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
     if args.joint_vae:
         denoiser = JointDenoiser(denoiser, exporter.vae.requires_grad_(True))
     held_out = setup.open_held_out(args, cache)  # None without --eval_steps
-    samples = CellSamples(run, exporter, cache, **expression.sample_settings(args))
+    samples = CellSamples(run, exporter, cache, num_cells=args.num_validation_cells, **setup.validation_sampling(args))
     num_rows = cache.spec.num_rows - (args.num_validation_samples or 0)  # that are trained on
 
     # Prepare
@@ -145,11 +145,11 @@ def main(args: argparse.Namespace) -> None:
     step_log.close()  # and says how the run ended
 
     # Export
-    run.accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
     with averaged_weights(run, model, ema) as averaged:
         if run.is_main and not control.interrupted:
             exporter.write(run.folder, averaged, control.steps_done)
-    run.accelerator.end_training()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

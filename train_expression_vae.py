@@ -126,13 +126,13 @@ def main(args: argparse.Namespace) -> None:
     step_log.close()  # and says how the run ended
 
     # Export
-    run.accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
     if run.is_main and not control.interrupted:
         with averaged_weights(run, model, ema):
             figures = best.restore(model) or held_out.measure(model, control.steps_done)
             statistics = expression_training.measure_latents(model, data.train, batch_numbers[0])
             expression_training.save_vae(model, statistics, figures, run.folder / SPLIT_FILE, run.folder / "vae")
-    run.accelerator.end_training()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -160,14 +160,14 @@ def main(args: argparse.Namespace) -> None:
     step_log.close()  # and says how the run ended
 
     # Export
-    run.accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
     if run.is_main and not control.interrupted:
         with averaged_weights(run, model, ema):
             statistics = vae_training.measure_latents(
                 model.vae, data.train, args.num_statistics_samples, args.train_batch_size, accelerator.device
             )
             vae_training.save_vae(model.vae, statistics, run.folder / "vae")
-    run.accelerator.end_training()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
     denoiser = image.make_denoiser(args, run, cache, condition="text")
     exporter = image.make_exporter(args, cache, scheduler, condition="text")
     text_encoder = image.text_encoder_in_loop(cache, exporter, denoiser, run.device)  # None: states are cached
-    grids = validation.Grids(run, exporter, **image.grid_settings(args))
+    grids = validation.Grids(run, exporter, num_images=args.num_validation_images, **setup.validation_sampling(args))
     sample_distance = image.make_sample_distance(args, run, exporter, held_out, condition="text")
     num_rows = cache.spec.num_rows - (args.num_validation_samples or 0)  # that are trained on
 
@@ -135,11 +135,11 @@ def main(args: argparse.Namespace) -> None:
     step_log.close()  # and says how the run ended
 
     # Export
-    run.accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
     with averaged_weights(run, model, ema) as averaged:
         if run.is_main and not control.interrupted:
             exporter.write(run.folder, averaged, control.steps_done)
-    run.accelerator.end_training()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -85,6 +85,11 @@ def check_optimizer_args(args: Namespace) -> None:
     args.given.add("optimizer")
 
 
+def is_launched_under_fsdp() -> bool:
+    """Whether accelerate's configuration divides the weights among processes, told before torch is imported."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+
+
 def check_lora_args(args: Namespace) -> None:
     """Refuses flags of adapters without adapters, and what cannot be combined with adapters. Sets the flags that the
     base run decides, so call it before the checks of model and objective."""
@@ -104,7 +109,7 @@ def check_lora_args(args: Namespace) -> None:
         raise UserError(
             "--ema_sigma_rels with --lora_rank: sample.py reconstructs such averages from whole models; leave it out"
         )
-    if args.lora_rank and os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+    if args.lora_rank and is_launched_under_fsdp():
         raise UserError(
             "--lora_rank under FSDP: the exported copies of the whole model contain no adapters; use "
             "configs/accelerate/multi_gpu.yaml"

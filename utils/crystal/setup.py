@@ -101,15 +101,6 @@ def make_exporter(args: Namespace, cache: SetCache, scheduler: SchedulerMixin) -
     return Exporter.of_cache(spec, cache.normalisation, scheduler, card)
 
 
-def sample_settings(args: Namespace) -> dict[str, Any]:
-    """How crystals are sampled while training."""
-    return {
-        "num_crystals": args.num_validation_crystals,
-        "guidance_scale": args.validation_guidance_scale,
-        "num_inference_steps": args.validation_inference_steps,
-    }
-
-
 def build_set_denoiser(args: Namespace, cache: SetCache) -> ConditionalDenoiser:
     """A new DiT for the sets and the conditions of a cache, or the run of --pretrained_model_name_or_path."""
     max_atoms, channels = cache.spec.shape

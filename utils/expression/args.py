@@ -1,8 +1,8 @@
 """Flags of cells: data, genes, autoencoder, cache, denoiser, samples. Imports no torch."""
 
-import os
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 
+from utils.args.checks import is_launched_under_fsdp
 from utils.args.parsing import fraction, non_negative_float, non_negative_int, positive_float, positive_int, required
 from utils.errors import UserError
 
@@ -201,7 +201,7 @@ def check_joint_args(args: Namespace) -> None:
             raise UserError(f"--{name} with --joint_vae: it applies to the denoiser alone; leave one out")
     if args.optimizer == "muon":
         raise UserError("--optimizer muon with --joint_vae: it has one learning rate for all; use adamw")
-    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+    if is_launched_under_fsdp():
         raise UserError(
             "--joint_vae under FSDP: the whole copies that are exported there have no autoencoder; use "
             "configs/accelerate/multi_gpu.yaml"

@@ -163,15 +163,6 @@ def make_exporter(args: Namespace, cache: VectorCache, scheduler: SchedulerMixin
     return Exporter.of_cache(cache, scheduler, card)
 
 
-def sample_settings(args: Namespace) -> dict[str, Any]:
-    """How cells are sampled while training."""
-    return {
-        "num_cells": args.num_validation_cells,
-        "guidance_scale": args.validation_guidance_scale,
-        "num_inference_steps": args.validation_inference_steps,
-    }
-
-
 def mlp_arguments(size: str, dimensions: int) -> dict[str, Any]:
     """Arguments of a VectorMLP by its size."""
     num_layers, hidden_size = VECTOR_MLP_SIZES[size]

@@ -187,15 +187,6 @@ def validation_labels(args: Namespace, labels: dict | None) -> list[int]:
     return args.validation_labels or list(range(min(10, num_classes)))
 
 
-def grid_settings(args: Namespace) -> dict[str, Any]:
-    """How validation grids are sampled."""
-    return {
-        "num_images": args.num_validation_images,
-        "guidance_scale": args.validation_guidance_scale,
-        "num_inference_steps": args.validation_inference_steps,
-    }
-
-
 def make_sample_distance(
     args: Namespace, run: Run, exporter: Exporter, held_out: HeldOut | None, condition: str
 ) -> SampleDistance | None:

@@ -319,6 +319,14 @@ def make_evaluator(
     )
 
 
+def validation_sampling(args: Namespace) -> dict[str, Any]:
+    """How samples are drawn during training, whatever they are samples of."""
+    return {
+        "guidance_scale": args.validation_guidance_scale,
+        "num_inference_steps": args.validation_inference_steps,
+    }
+
+
 def make_objective(
     args: Namespace, device: torch.device, learned_variance: bool = False
 ) -> tuple[Objective, SchedulerMixin]:
